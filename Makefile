@@ -1,0 +1,41 @@
+# Everything from a bare Python 3.10+: `make demo`, `make test`.
+# Another torch:     make test TORCH=torch==2.14.0
+# CPU wheels only:   PIP_INDEX_URL=https://download.pytorch.org/whl/cpu PIP_EXTRA_INDEX_URL=https://pypi.org/simple make test
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed-$(TORCH)
+
+# Ranks are processes here; a pool of threads in each would only make them wait for one another.
+export OMP_NUM_THREADS := 1
+export TORCHINDUCTOR_COMPILE_THREADS := 1
+
+.PHONY: demo test test-fast lint clean
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/print_graph.py
+	$(BIN)/python examples/quickstart.py
+
+test: test-fast
+	$(BIN)/python -m pytest -m slow
+
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow" -n 2
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch first and by itself, so that nothing else chooses its version.
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[test,examples]"
+	rm -f $(VENV)/installed-*
+	touch "$@"
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,17 @@
+"""The passes, in the order in which a graph takes them. Installed as `sp_compile.passes`.
+
+    find_attention      which nodes are an attention                    (analysis)
+    propagate           a placement for every value                     (analysis)
+    insert_collectives  the plan written into the graph as `sp::` ops   (transform)
+
+An analysis returns frozen dataclasses; a transform takes a graph and a plan and returns a new graph.
+"""
+
+if __name__ == "passes":
+    raise ImportError("import sp_compile.passes, not passes")
+
+from sp_compile.passes.find_attention import find_attention
+from sp_compile.passes.insert_collectives import ShardedGraph, insert_collectives
+from sp_compile.passes.propagate import propagate
+
+__all__ = ["ShardedGraph", "find_attention", "insert_collectives", "propagate"]

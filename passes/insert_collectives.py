@@ -1,0 +1,416 @@
+"""Write a sharding plan into a graph: `sp::` ops where placements change, and local sizes.
+
+    ids: i64[1, 32]                              ids: i64[1, 32],  sp_rank: i64[1]
+    h = embedding(w, ids)                        slice_ids   = sp.shard(ids, sp_rank, 1, …)         i64[1, 16]
+    …                                            replicate_w = sp.replicate(w)
+    out = scaled_dot_product_attention(q, k, v)  h = embedding(replicate_w, slice_ids)              f32[1, 16, 64]
+                                                 …
+                                                 gather_seq_scatter_heads_q = sp.all_to_all(q, 2, …, 1, …)
+                                                 out = scaled_dot_product_attention(gather_seq_scatter_heads_q, …)
+                                                 gather_heads_scatter_seq = sp.all_to_all(out, 1, …, 2, …)
+
+A conversion stands before its first consumer and serves all consumers of the same region: one ends where the gradient
+mode or autocast changes. The law of gradients: a replicated value on its way into work that is sharded on a factor
+which it lacks passes `sp.replicate`, whose backward sums over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+from sp_compile.graph import GraphRules, is_tensor
+from sp_compile.plan import ShardingPlan
+from sp_compile.rule import OpCall
+from sp_compile.sharding import (
+    REPLICATED,
+    GroupedHeads,
+    Placement,
+    Replicated,
+    Sharded,
+    Size,
+    local_shape,
+    size_of,
+    whole_layout,
+)
+
+aten = torch.ops.aten
+RANK = "sp_rank"
+
+
+@dataclass(frozen=True)
+class ShardedGraph:
+    """The rewritten graph: Dynamo's placeholders and then `sp_rank`, int64 `[1]`; Dynamo's outputs."""
+
+    graph_module: fx.GraphModule
+    origins: Mapping[str, str]
+    """Which captured node each node stands for, or was made for, by name."""
+    outputs: tuple[Placement, ...]
+    """How each output leaves the graph: Replicated unless shards were asked for."""
+
+
+def insert_collectives(
+    graph_module: fx.GraphModule, rules: GraphRules, plan: ShardingPlan, group: str, gather_outputs: bool, rng: str
+) -> ShardedGraph:
+    """Rewrite a captured graph for the SP group named `group`; the given graph stays as it is."""
+    return _Writer(graph_module, rules, plan, group, gather_outputs, rng).write()
+
+
+class _Writer:
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        rules: GraphRules,
+        plan: ShardingPlan,
+        group: str,
+        gather_outputs: bool,
+        rng: str,
+    ) -> None:
+        self.graph_module, self.rules, self.plan = graph_module, rules, plan
+        self.group, self.gather_outputs, self.rng = group, gather_outputs, rng
+        self.graph = fx.Graph()
+        self.written: dict[fx.Node, fx.Node] = {}
+        self.converted: dict[tuple[fx.Node, Placement | str, int], fx.Node] = {}
+        self.sizes: dict[sympy.Expr, fx.Node] = {}
+        self.origins: dict[str, str] = {}
+        self.region = 0
+        self.current: fx.Node | None = None
+        self.rank: fx.Node | None = None
+        self.trained = _trained(rules.graph)
+        self.roles = _roles(plan, rules)
+
+    def write(self) -> ShardedGraph:
+        nodes = list(self.rules.graph.nodes)
+        for node in (n for n in nodes if n.op == "placeholder"):
+            self._copy(node)
+        self.rank = self.graph.placeholder(RANK)
+        placements: tuple[Placement, ...] = ()
+        for node in nodes:
+            self.current = node
+            if node.op == "output":
+                placements = self._write_output(node)
+            elif node.op != "placeholder":
+                self._write_node(node)
+        self.graph.lint()
+        module = fx.GraphModule(self.graph_module, self.graph)
+        return ShardedGraph(module, self.origins, placements)
+
+    # Nodes
+
+    def _write_node(self, node: fx.Node) -> None:
+        value, plan = node.meta.get("val"), self.plan.nodes.get(node)
+        if node in self.written:
+            return  # one of the results that a body made
+        if node.op == "get_attr":
+            self._copy(node)
+        elif not isinstance(node.target, torch._ops.OpOverload):
+            if isinstance(value, torch.SymInt) and self._known(size_of(value)):
+                return  # written where it is used, from the symbols
+            if not _has_value(node):
+                self.region += 1
+            self._copy(node)
+        elif isinstance(value, torch.SymInt) and self._known(size_of(value)):
+            return
+        elif plan is None or plan.sharding is None:
+            self.written[node] = self._add(node, node.target, *self._arguments(node, []))
+        else:
+            local = _GraphOp(self, node)
+            body = self.rules.rule(node)
+            assert body is not None
+            written = body.bodies.get(plan.sharding.factor, _call_locally)(local)
+            if isinstance(written, tuple):
+                for user in node.users:
+                    self.written[user] = written[user.args[1]]
+            else:
+                self.written[node] = self._named(written, node.name)
+
+    def _copy(self, node: fx.Node) -> None:
+        copy = self.graph.node_copy(node, self._local_argument)
+        self.origins[copy.name] = node.name
+        self.written[node] = copy
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
+            self.sizes.setdefault(value.node.expr, copy)
+
+    def _local_argument(self, node: fx.Node) -> fx.Node:
+        """What a node outside the plan takes: `getitem` its source as it is, all else whole values."""
+        if self.current is not None and self.current.target is getitem:
+            return self.written[node]
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and self._known(size_of(value)):
+            size = self.size(size_of(value))
+            assert isinstance(size, fx.Node)
+            return size
+        return self.convert(node, REPLICATED) if is_tensor(node) else self.written[node]
+
+    def _arguments(self, node: fx.Node, operands: Sequence[fx.Node]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call with these operands (none given: whole values) and global sizes."""
+        left = list(operands)
+
+        def rewrite(value: Any) -> Any:
+            if isinstance(value, fx.Node):
+                if is_tensor(value):
+                    return left.pop(0) if operands else self.convert(value, REPLICATED)
+                inner = value.meta.get("val")
+                if isinstance(inner, torch.SymInt) and self._known(size_of(inner)):
+                    return self.size(size_of(inner))
+                return self.written[value]
+            if isinstance(value, (list, tuple)):
+                return type(value)(rewrite(each) for each in value)
+            return value
+
+        assert isinstance(node.target, torch._ops.OpOverload)
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        for position, argument in enumerate(node.target._schema.arguments):
+            if position < len(node.args):
+                args.append(rewrite(node.args[position]))
+            elif argument.name in node.kwargs:
+                kwargs[argument.name] = rewrite(node.kwargs[argument.name])
+        return tuple(args), kwargs
+
+    def _write_output(self, node: fx.Node) -> tuple[Placement, ...]:
+        placements: list[Placement] = []
+        outputs: list[Any] = []
+        for index, output in enumerate(node.args[0]):
+            placement: Placement = REPLICATED
+            if isinstance(output, fx.Node) and is_tensor(output):
+                if not self.gather_outputs:
+                    placement = self.plan.placement(output)
+                outputs.append(self.convert(output, placement, f"gather_output_{index}"))
+            else:
+                outputs.append(self._local_argument(output) if isinstance(output, fx.Node) else output)
+            placements.append(placement)
+        self.graph.output(tuple(outputs)).meta = dict(node.meta)
+        return tuple(placements)
+
+    # Conversions
+
+    def convert(self, value: fx.Node, target: Placement, role: str | None = None) -> fx.Node:
+        """A captured value on this rank, in the placement that is wanted."""
+        if value not in self.written:
+            raise AssertionError(f"{value} is used before it is written")
+        key = (value, target, self.region)
+        if key not in self.converted:
+            made = self._made(value)
+            delivered = self.plan.placement(value)
+            at_home = self._move(self.written[value], value, made, delivered, None)
+            self.converted[value, delivered, self.region] = at_home
+            if key not in self.converted:
+                self.converted[key] = self._move(at_home, value, delivered, target, role)
+        return self.converted[key]
+
+    def _made(self, value: fx.Node) -> Placement:
+        source, result = (value.args[0], value.args[1]) if value.target is getitem else (value, 0)
+        plan = self.plan.nodes.get(source)
+        return plan.results()[result] if plan else REPLICATED
+
+    def replicate(self, value: fx.Node) -> fx.Node:
+        """A replicated value on its way into sharded work."""
+        key = (value, "replicate", self.region)
+        if key not in self.converted:
+            whole = self.convert(value, REPLICATED)
+            if value in self.trained:
+                whole = self._named(self.emit(torch.ops.sp.replicate.default, whole, self.group), f"replicate_{value}", value)
+            self.converted[key] = whole
+        return self.converted[key]
+
+    def _move(self, local: fx.Node, value: fx.Node, source: Placement, target: Placement, role: str | None) -> fx.Node:
+        """Bring the local value of `value` from one placement to another."""
+        sp, name = torch.ops.sp, value.name
+        if source == target:
+            return local
+        if isinstance(source, Replicated) and isinstance(target, Sharded):
+            verb = "slice" if value.op == "placeholder" else "shard"
+            return self._named(self._on_dim(sp.shard.default, local, target), role or f"{verb}_{name}", value)
+        if isinstance(source, Sharded) and isinstance(target, Replicated):
+            return self._named(self._on_dim(sp.all_gather.default, local, source), role or f"all_gather_{name}", value)
+        if isinstance(source, Sharded) and isinstance(target, Sharded) and source.dim != target.dim:
+            layouts = (*self._dim(source), *self._dim(target))
+            moved = self.emit(sp.all_to_all.default, local, *layouts, self.group)
+            return self._named(moved, role or self.roles.get(value) or f"all_to_all_{name}", value)
+        if isinstance(source, Sharded) and isinstance(target, GroupedHeads) and source.dim != target.dim:
+            moved = self.emit(
+                sp.all_to_all_kv.default,
+                local,
+                self.rank,
+                *self._dim(source),
+                target.dim,
+                target.query_heads,
+                self.group,
+            )
+            return self._named(moved, role or self.roles.get(value) or f"all_to_all_{name}", value)
+        if isinstance(source, Replicated) and isinstance(target, GroupedHeads):
+            heads = self.rules.shape(value)[target.dim]
+            assert isinstance(heads, int)
+            times = target.query_heads // heads
+            repeated = self.emit(aten.repeat_interleave.self_int, local, times, target.dim)
+            return self._move(repeated, value, REPLICATED, Sharded(target.dim, whole_layout(target.query_heads)), role)
+        whole = self._move(local, value, source, REPLICATED, None)
+        return self._move(whole, value, REPLICATED, target, role)
+
+    def _dim(self, placement: Sharded) -> tuple[Any, ...]:
+        layout = placement.layout
+        sizes = [self.size(segment.size) for segment in layout.segments]
+        granules = [self.size(segment.granule) for segment in layout.segments]
+        return placement.dim, self.size(layout.outer), sizes, granules
+
+    def _on_dim(self, op: torch._ops.OpOverload, local: fx.Node, placement: Sharded, *extra: Any) -> fx.Node:
+        return self.emit(op, local, self.rank, *self._dim(placement), *extra, self.group)
+
+    # Sizes
+
+    def _known(self, size: Size) -> bool:
+        """Whether a size can be computed from the symbols that are inputs of the graph."""
+        return isinstance(size, int) or all(symbol in self.sizes for symbol in size.free_symbols)
+
+    def size(self, size: Size) -> int | fx.Node:
+        """A size as an argument: itself, or the node that computes it from the graph's symbols."""
+        if isinstance(size, int):
+            return size
+        if size not in self.sizes:
+            tracer = fx.proxy.GraphAppendingTracer(self.graph)
+            symbols = {symbol: fx.Proxy(self.sizes[symbol], tracer) for symbol in size.free_symbols}
+            self.sizes[size] = sympy_interp(PythonReferenceAnalysis, symbols, size).node
+        return self.sizes[size]
+
+    # Writing
+
+    def emit(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        return self._add(self.current, target, args, kwargs)
+
+    def _add(
+        self, origin: fx.Node | None, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        if origin is not None:
+            kept = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id")
+            node.meta = {key: origin.meta[key] for key in kept if key in origin.meta}
+            self.origins[node.name] = origin.name
+        return node
+
+    def _named(self, node: fx.Node, name: str, value: fx.Node | None = None) -> fx.Node:
+        origin = self.origins.pop(node.name, "")
+        node._rename(name)
+        self.origins[node.name] = value.name if value is not None else origin
+        return node
+
+
+class _GraphOp:
+    """The `LocalOp` of a rule's body: writes nodes into the new graph."""
+
+    def __init__(self, writer: _Writer, node: fx.Node) -> None:
+        plan = writer.plan.nodes[node]
+        assert plan.sharding is not None
+        self._writer = writer
+        rule = writer.rules.rule(node)
+        assert rule is not None
+        self.call = OpCall.of_node(node)
+        self.operands = tuple(plan.operand(index) for index in range(len(self.call.operands)))
+        self.results = plan.sharding.results
+        self.parts = writer.plan.parts
+        self.rng = writer.rng
+        self.shape_argument = rule.shape_argument
+        values = [plan.sources.get(at, operand) for at, operand in enumerate(writer.rules.operands(node))]
+        self._operands = [
+            writer.convert(value, placement)
+            if not isinstance(placement, Replicated)
+            else writer.written[value]
+            if at in rule.metadata
+            else writer.replicate(value)
+            for at, (value, placement) in enumerate(zip(values, self.operands, strict=True))
+        ]
+        self.args, self.kwargs = writer._arguments(node, self._operands)
+
+    def emit(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        return self._writer.emit(target, *args, **kwargs)
+
+    def operand(self, index: int) -> fx.Node:
+        return self._operands[index]
+
+    def size(self, size: Size) -> int | fx.Node:
+        return self._writer.size(size)
+
+    def mask_padding(self, value: fx.Node, placement: Placement, fill: float | int) -> fx.Node:
+        if not isinstance(placement, Sharded):
+            return value
+        return self._writer._on_dim(torch.ops.sp.mask_padding.default, value, placement, fill)
+
+    def all_reduce(self, value: fx.Node, kind: str = "sum") -> fx.Node:
+        return self.emit(torch.ops.sp.all_reduce.default, value, kind, self._writer.group)
+
+    def shard(self, value: fx.Node, placement: Sharded) -> fx.Node:
+        return self._writer._on_dim(torch.ops.sp.shard.default, value, placement)
+
+    def positions(self, placement: Sharded) -> fx.Node:
+        _, *layout = self._writer._dim(placement)
+        return self.emit(torch.ops.sp.positions.default, self.rank(), *layout, self._writer.group)
+
+    def select_rows(self, value: fx.Node, placement: Sharded, index: fx.Node) -> fx.Node:
+        return self._writer._on_dim(torch.ops.sp.select_rows.default, value, placement, index)
+
+    def rank(self) -> fx.Node:
+        assert self._writer.rank is not None
+        return self._writer.rank
+
+
+def _call_locally(local: _GraphOp) -> fx.Node:
+    """The op as it is, on local operands; a shape among its arguments becomes the local one."""
+    args, kwargs = list(local.args), dict(local.kwargs)
+    if local.shape_argument is not None:
+        spec = local.call.results[0]
+        assert spec is not None
+        shape = [local.size(size) for size in local_shape(spec.shape, local.results[0], local.parts)]
+        names = [argument.name for argument in local.call.target._schema.arguments]
+        position = names.index(local.shape_argument)
+        if position < len(args):
+            args[position] = shape
+        else:
+            kwargs[local.shape_argument] = shape
+    return local.emit(local.call.target, *args, **kwargs)
+
+
+def _has_value(node: fx.Node) -> bool:
+    """A node without a value changes state: the gradient mode, or autocast."""
+    return node.meta.get("val") is not None or node.target is getitem
+
+
+def _trained(graph: fx.Graph) -> frozenset[fx.Node]:
+    """The values through which a gradient may flow: all that descends from an input which requires one."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder":
+            begins = isinstance(value, torch.Tensor) and value.requires_grad
+        else:
+            begins = not found.isdisjoint(node.all_input_nodes)
+        floats = not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex()
+        if begins and floats:
+            found.add(node)
+    return frozenset(found)
+
+
+def _roles(plan: ShardingPlan, rules: GraphRules) -> dict[fx.Node, str]:
+    """What the exchanges of a Ulysses site are called, by the value that is exchanged."""
+    roles: dict[fx.Node, str] = {}
+    for planned in plan.sites:
+        if planned.strategy != "ulysses":
+            continue
+        site = planned.site
+        for end, name in ((site.query, "q"), (site.key, "k"), (site.value, "v")):
+            at, index = end.node, end.index
+            value = rules.operands(at)[index]
+            while index not in plan.nodes[at].sources and value in plan.nodes and plan.nodes[value].sources:
+                at, index = value, 0
+            value = plan.nodes[at].sources.get(index, value)
+            roles.setdefault(value, f"gather_seq_scatter_heads_{name}")
+        roles[site.output] = "gather_heads_scatter_seq"
+    return roles

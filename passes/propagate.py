@@ -1,0 +1,411 @@
+"""Choose a placement for every value: marks go up from the attention sites, homes come down, moves happen at sites.
+
+    ids      i64[1, 32]                         R            marked: dim 1 becomes the sequence of q, k and v
+    h        f32[1, 32, 64]     embedding       S(1: 32)     the first op of a marked activation cuts its operands
+    q, k, v  f32[1, 4, 32, 16]  linear, view    S(2: 32)     home: where the sequence sits if nothing moves
+    o        f32[1, 4, 32, 16]  attention       S(1: 4)      the site borrows the heads, and delivers S(2: 32)
+    y        f32[1, 32, 64]     view, linear    S(1: 32)
+
+Three walks. *Marks* (backward): every value whose dimension becomes the query or key sequence of a site, with the
+granule that the views below need. *Homes* (forward): an op follows the shards that it is given; where two operands
+disagree the cheaper conversion wins; an op that needs its home factor whole borrows another and returns home at once.
+*Sites*: what lies between two contractions borrows the heads as one region (Ulysses), or keeps its queries and takes
+K and V whole. What cannot be sharded runs on whole values, and is written down as a fallback.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import getitem
+
+import torch
+from torch import fx
+
+from sp_compile.graph import GraphRules
+from sp_compile.plan import AttentionSite, Fallback, NodePlan, ShardingPlan, SitePlan
+from sp_compile.rule import OpSharding, OpShardingRule
+from sp_compile.sharding import (
+    REPLICATED,
+    GroupedHeads,
+    Layout,
+    Placement,
+    Replicated,
+    Sharded,
+    Size,
+    exact_quotient,
+    whole_layout,
+)
+
+
+def propagate(rules: GraphRules, sites: Sequence[AttentionSite], parts: int, attention: str) -> ShardingPlan:
+    """Plan the graph for `parts` ranks; `attention` is the option of that name."""
+    return _Planner(rules, sites, parts, attention).plan()
+
+
+def find_marks(rules: GraphRules, sites: Sequence[AttentionSite]) -> dict[tuple[fx.Node, int], Sharded]:
+    """Where the sequence of the sites sits in each value above them, by (node, result).
+
+    Where two sites want different dimensions of one value, the one with more bytes below it wins.
+    """
+    votes: dict[tuple[fx.Node, int], dict[Sharded, int]] = defaultdict(lambda: defaultdict(int))
+    for site in sites:
+        for end in (site.query, site.key, site.value):
+            node = rules.operands(end.node)[end.index]
+            votes[_result(node)][Sharded(end.dim, whole_layout(rules.shape(node)[end.dim]))] += rules.bytes(node)
+    marks: dict[tuple[fx.Node, int], Sharded] = {}
+    for node in reversed(rules.graph.nodes):
+        for result, candidates in [(key[1], votes[key]) for key in list(votes) if key[0] is node]:
+            mark = _elect(candidates)
+            marks[node, result] = mark
+            rule = rules.rule(node)
+            if rule is None:
+                continue
+            for operand, placement in zip(rules.operands(node), rule.carry_back(result, mark), strict=True):
+                if placement is not None:
+                    votes[_result(operand)][placement] += sum(candidates.values())
+    return marks
+
+
+def _result(node: fx.Node) -> tuple[fx.Node, int]:
+    """The op result that a value is: `getitem` names one of several."""
+    if node.target is getitem:
+        source, index = node.args
+        assert isinstance(source, fx.Node) and isinstance(index, int)
+        return source, index
+    return node, 0
+
+
+def _elect(votes: Mapping[Sharded, int]) -> Sharded:
+    best = max(votes, key=lambda mark: votes[mark])
+    granule = 1
+    for mark in votes:
+        same = mark.dim == best.dim and mark.layout.outer == best.layout.outer and len(mark.layout.segments) == 1
+        if same and len(best.layout.segments) == 1:
+            own = mark.layout.segments[0].granule
+            if not isinstance(own, int) or not isinstance(granule, int):
+                return best
+            granule = math.lcm(granule, own)
+    size = best.layout.segments[0].size
+    if len(best.layout.segments) > 1 or exact_quotient(size, granule) is None:
+        return best
+    return Sharded(best.dim, Layout(whole_layout(size, granule).segments, best.layout.outer))
+
+
+@dataclass(frozen=True)
+class _Region:
+    """A site as planned: a plan per node, and why."""
+
+    nodes: Mapping[fx.Node, NodePlan]
+    strategy: str
+    reason: str
+
+
+class _Planner:
+    def __init__(self, rules: GraphRules, sites: Sequence[AttentionSite], parts: int, attention: str) -> None:
+        self.rules = rules
+        self.parts = parts
+        self.attention = attention
+        self.marks = find_marks(rules, sites)
+        self.sites = {site.nodes[0]: site for site in sites}
+        self.nodes: dict[fx.Node, NodePlan] = {}
+        self.site_plans: list[SitePlan] = []
+        self.fallbacks: list[Fallback] = []
+
+    def plan(self) -> ShardingPlan:
+        planned: dict[fx.Node, NodePlan] = {}
+        for node in self.rules.graph.nodes:
+            if node in self.sites:
+                region = self._plan_site(self.sites[node])
+                self.site_plans.append(SitePlan(self.sites[node], region.strategy, region.reason))
+                planned |= region.nodes
+            if isinstance(node.target, torch._ops.OpOverload):
+                self.nodes[node] = planned.get(node) or self._plan_op(node)
+            elif node.target is getitem:
+                source, index = _result(node)
+                seen = self.nodes[source].delivered if source in self.nodes else ()
+                self.nodes[node] = NodePlan(None, (seen[index] if index < len(seen) else REPLICATED,))
+        return ShardingPlan(self.parts, self.nodes, tuple(self.site_plans), tuple(self.fallbacks))
+
+    def _placement(self, node: fx.Node) -> Placement:
+        return self.nodes[node].delivered[0] if node in self.nodes else REPLICATED
+
+    def _placements(self, node: fx.Node) -> list[Placement]:
+        return [self._placement(operand) for operand in self.rules.operands(node)]
+
+    # One op
+
+    def _plan_op(self, node: fx.Node) -> NodePlan:
+        rule, placements = self.rules.rule(node), self._placements(node)
+        outputs = len(node.meta["val"]) if isinstance(node.meta.get("val"), (tuple, list)) else 1
+        whole = NodePlan(None, tuple(REPLICATED for _ in range(outputs)))
+        sharded = [index for index, placement in enumerate(placements) if isinstance(placement, Sharded)]
+        if rule is None:
+            if sharded:
+                self._fall_back(node, placements, "it has no sharding rule")
+            return whole
+        if not sharded:
+            return self._begin(node, rule, placements) or whole
+        following = [s for s in (rule.follow(index, placements) for index in sharded) if s is not None]
+        if following:
+            best = min(following, key=lambda s: self._cost(node, placements, s))
+            return NodePlan(best, best.results)
+        borrowed = self._borrow(node, rule, placements, sharded)
+        if borrowed is not None:
+            return borrowed
+        self._fall_back(node, placements, "it needs the sharded dimension whole, and has no other to borrow")
+        return whole
+
+    def _begin(self, node: fx.Node, rule: OpShardingRule, placements: Sequence[Placement]) -> NodePlan | None:
+        """Whole operands, but the result is marked: this is where the sequence is cut."""
+        for result in range(len(rule.results)):
+            mark = self.marks.get((node, result))
+            if mark is not None and self.rules.is_activation(node):
+                sharding = rule.follow_result(result, mark, placements)
+                if sharding is not None:
+                    return NodePlan(sharding, sharding.results)
+        return None
+
+    def _borrow(
+        self, node: fx.Node, rule: OpShardingRule, placements: Sequence[Placement], sharded: Sequence[int]
+    ) -> NodePlan | None:
+        """Run an op that needs its home factor whole on shards of another factor, and return home at once."""
+        best: tuple[float, NodePlan] | None = None
+        stay = self._cost(node, placements, None)
+        for operand in sharded:
+            homes = rule.carry(operand, placements)
+            for factor, _ in rule.borrowable(operand):
+                sharding = rule.shard_factor(factor)
+                if sharding is None:
+                    continue
+                delivered = tuple(
+                    home if isinstance(home, Sharded) else made
+                    for home, made in zip(homes, sharding.results, strict=True)
+                )
+                moved = self._cost(node, placements, sharding)
+                if delivered != sharding.results and isinstance(node.meta["val"], torch.Tensor):
+                    moved += self._move(self.rules.bytes(node), sharding.results[0], delivered[0])
+                padding = self._padding(rule.sizes[factor])
+                if moved * padding <= stay and (best is None or moved * padding < best[0]):
+                    best = moved * padding, NodePlan(sharding, delivered)
+        return best[1] if best else None
+
+    def _padding(self, size: Size) -> float:
+        """How much more is held for a factor of this size to fall into equal blocks."""
+        count = self.rules.hint(size)
+        return self.parts * -(-count // self.parts) / count
+
+    def _cost(self, node: fx.Node, placements: Sequence[Placement], sharding: OpSharding | None) -> float:
+        """Bytes that each rank receives for the operands of an op."""
+        rule, operands = self.rules.rule(node), self.rules.operands(node)
+        total = 0.0
+        for index, (operand, placement) in enumerate(zip(operands, placements, strict=True)):
+            target = sharding.operands[index] if sharding else None
+            if target is not None or sharding is None or rule is None or index not in rule.metadata:
+                total += self._move(self.rules.bytes(operand), placement, target or REPLICATED)
+        return total
+
+    def _move(self, size: int, source: Placement, target: Placement) -> float:
+        """Bytes that each rank receives to bring a value of `size` bytes from one placement to another."""
+        others = (self.parts - 1) / self.parts
+        if source == target or isinstance(source, Replicated):
+            return 0.0
+        if isinstance(target, Sharded) and isinstance(source, Sharded) and source.dim != target.dim:
+            return size / self.parts * others
+        return size * others
+
+    def _fall_back(self, node: fx.Node, placements: Sequence[Placement], reason: str) -> None:
+        self.fallbacks.append(Fallback(node, reason, round(self._cost(node, placements, None))))
+
+    # A site
+
+    def _plan_site(self, site: AttentionSite) -> _Region:
+        first = site.nodes[0]
+        rule, placements = self.rules.rule(first), self._placements(first)
+        assert rule is not None
+        query, key = placements[site.query.index], placements[site.key.index]
+        if self.attention == "replicate":
+            return _Region({node: NodePlan(None, (REPLICATED,)) for node in site.nodes}, "replicate", "as asked for")
+        if not isinstance(query, Sharded) and not isinstance(key, Sharded):
+            return _Region({}, "replicate", "no operand is sharded")
+        stay = rule.follow(site.query.index, placements)
+        kept = self._region(site, stay) if stay else None
+        if kept is not None and isinstance(key, Replicated):
+            return _Region(kept, "local", "keys and values are whole on every rank")
+        if kept is not None and self.attention == "all_gather_kv":
+            return _Region(kept, "all_gather_kv", "as asked for")
+        for heads, sharding in self._head_shardings(site, rule):
+            if self.attention == "auto" and kept is not None and self.parts > 2 * heads:
+                break
+            borrowed = self._region(site, sharding)
+            if borrowed is not None:
+                return _Region(borrowed, "ulysses", f"{heads} heads on {self.parts} ranks")
+        if kept is not None:
+            return _Region(kept, "all_gather_kv", "too few heads, or none that every op of the site passes")
+        return _Region({}, "replicate", "no dimension that every op of the site passes")
+
+    def _region(self, site: AttentionSite, start: OpSharding) -> dict[fx.Node, NodePlan] | None:
+        """The plans of a site whose first op runs so, and whose other ops follow; None if one of them cannot."""
+        inside: dict[fx.Node, Placement] = {}
+        homes: dict[fx.Node, Placement] = {}
+        plans: dict[fx.Node, NodePlan] = {}
+        for node in site.nodes:
+            rule, operands = self.rules.rule(node), self.rules.operands(node)
+            if rule is None:
+                return None
+            placements = [inside.get(operand, REPLICATED) for operand in operands]
+            sharding = start if node is site.nodes[0] else _agreed(rule, placements)
+            if sharding is None:
+                return None
+            at_home = [homes.get(operand, REPLICATED) for operand in operands]
+            if node is site.query.node:
+                at_home[site.query.index] = self._placement(operands[site.query.index])
+            homes[node] = next(
+                (
+                    home
+                    for index in range(len(operands))
+                    if isinstance(home := rule.carry(index, at_home)[0], Sharded)
+                ),
+                REPLICATED,
+            )
+            inside[node] = sharding.results[0]
+            plans[node] = NodePlan(sharding, sharding.results)
+        home = homes[site.output]
+        if isinstance(home, Sharded):
+            plans[site.output] = replace(plans[site.output], delivered=(home,))
+        for end in (site.key, site.value):
+            self._exchange_before_repeat(end.node, end.index, plans)
+        return plans
+
+    def _head_shardings(self, site: AttentionSite, rule: OpShardingRule) -> Iterator[tuple[int, OpSharding]]:
+        """Ways to run the first op of a site on shards of its heads: the head count and the sharding, best first."""
+        sequences = {(site.query.index, site.query.dim), (site.key.index, site.key.dim)}
+        candidates: dict[str, tuple[int, int]] = {}
+        for operand in (site.key.index, site.query.index):
+            for factor, dim in rule.borrowable(operand):
+                if (operand, dim) not in sequences and rule.sizes[factor] != 1:
+                    candidates.setdefault(factor, (operand, dim))
+        for factor in sorted(candidates, key=lambda f: (self._padding(rule.sizes[f]), -candidates[f][1])):
+            operand, dim = candidates[factor]
+            inner = self._split_above(self.rules.operands(site.nodes[0])[operand], dim)
+            for layout in (inner, whole_layout(rule.sizes[factor])):
+                sharding = rule.run_on({factor: layout}) if layout else None
+                if layout and sharding:
+                    yield self.rules.hint(layout.segments[0].size), self._group_heads(site, sharding)
+
+    def _split_above(self, value: fx.Node, dim: int) -> Layout | None:
+        """The layout of the heads in a dimension that was made by merging batch and heads, `(b h)`."""
+        rule = self.rules.rule(value)
+        while rule is not None and len(rule.results) == 1:
+            factors = rule.results[0][dim]
+            if not isinstance(factors, tuple) or not factors:
+                return None
+            if len(factors) > 1:
+                return rule.layout_within(factors, whole_layout(rule.sizes[factors[-1]]))
+            above = [at for at, dims in enumerate(rule.operands[0]) if dims == factors]
+            if not above:
+                return None
+            value, dim = self.rules.operands(value)[0], above[0]
+            rule = self.rules.rule(value)
+        return None
+
+    def _group_heads(self, site: AttentionSite, sharding: OpSharding) -> OpSharding:
+        """Where the op groups its query heads itself and P does not divide the groups, cut the query heads.
+
+        Whole groups would leave ranks idle: 6 query heads on 2 KV heads and 4 ranks are 3 + 3 + 0 + 0 heads in whole
+        groups, and 2 + 2 + 2 + 0 when each rank is sent the KV heads that its query heads read.
+        """
+        query, key = sharding.operands[site.query.index], sharding.operands[site.key.index]
+        if not isinstance(query, Sharded) or not isinstance(key, Sharded) or query.layout == key.layout:
+            return sharding
+        heads, groups = query.layout.size, key.layout.size
+        if not isinstance(heads, int) or not isinstance(groups, int) or groups % self.parts == 0:
+            return sharding
+
+        def cut(placement: Sharded | GroupedHeads | None) -> Sharded | GroupedHeads | None:
+            if not isinstance(placement, Sharded):
+                return placement
+            if placement.layout.size == groups:
+                return GroupedHeads(placement.dim, heads)
+            return Sharded(placement.dim, whole_layout(heads))
+
+        results = tuple(cut(result) if isinstance(result, Sharded) else result for result in sharding.results)
+        return OpSharding(
+            sharding.factor, tuple(map(cut, sharding.operands)), tuple(each or REPLICATED for each in results)
+        )
+
+    def _exchange_before_repeat(self, user: fx.Node, index: int, plans: dict[fx.Node, NodePlan]) -> bool:
+        """K and V that were repeated for every query head are exchanged as they were before; whether they were.
+
+        Views between the repetition and the site move into the site.
+        """
+        plan = plans[user]
+        wanted = plan.operand(index)
+        value = self.rules.operands(user)[index]
+        if not isinstance(wanted, Sharded) or wanted.layout != whole_layout(wanted.layout.size):
+            return False
+        source = self._repeated(value, wanted.dim)
+        heads = wanted.layout.size
+        if source is not None and isinstance(heads, int) and isinstance(self._placement(source), Sharded):
+            assert plan.sharding is not None
+            operands = list(plan.sharding.operands)
+            operands[index] = GroupedHeads(wanted.dim, heads)
+            sharding = replace(plan.sharding, operands=tuple(operands))
+            plans[user] = replace(plan, sharding=sharding, sources={**plan.sources, index: source})
+            return True
+        rule = self.rules.rule(value)
+        if rule is None or not rule.movement or len(value.users) > 1 or len(rule.operands) != 1:
+            return False
+        moved = rule.follow_result(0, wanted, [REPLICATED])
+        if moved is None:
+            return False
+        plans[value] = NodePlan(moved, moved.results)
+        if self._exchange_before_repeat(value, 0, plans):
+            self.nodes[value] = plans[value]
+            return True
+        del plans[value]
+        return False
+
+    def _repeated(self, value: fx.Node, dim: int) -> fx.Node | None:
+        """The value of which `value` repeats each row of dimension `dim` some times in a row, if it is one."""
+        shape = self.rules.shape(value)
+        path: list[OpShardingRule] = []
+        at = value
+        while (rule := self.rules.rule(at)) is not None and rule.movement and len(rule.operands) == 1:
+            path.append(rule)
+            at = self.rules.operands(at)[0]
+            above = self.rules.shape(at)
+            rest = [(mine, theirs) for d, (mine, theirs) in enumerate(zip(above, shape, strict=False)) if d != dim]
+            if len(above) != len(shape) or any(mine != theirs for mine, theirs in rest):
+                continue
+            times = exact_quotient(shape[dim], above[dim])
+            if times is None or times == 1:
+                continue
+            rows = Sharded(dim, whole_layout(shape[dim], times))
+            others = [Sharded(d, whole_layout(size)) for d, size in enumerate(shape) if d != dim and size != 1]
+            came_from = None if above[dim] == 1 else Sharded(dim, whole_layout(above[dim]))
+            if _back(path, rows) == came_from and all(_back(path, other) == other for other in others):
+                return at
+        return None
+
+
+def _agreed(rule: OpShardingRule, placements: Sequence[Placement]) -> OpSharding | None:
+    """The op on the shards that its operands inside the site come in, if they all fit."""
+    sharded = [index for index, placement in enumerate(placements) if isinstance(placement, Sharded)]
+    for index in sharded:
+        sharding = rule.follow(index, placements)
+        if sharding is not None and all(sharding.operands[other] == placements[other] for other in sharded):
+            return sharding
+    return None
+
+
+def _back(path: Sequence[OpShardingRule], placement: Sharded) -> Sharded | None:
+    """Where a placement of the last value sits in the first, up a path of single-operand ops."""
+    at: Sharded | None = placement
+    for rule in path:
+        if at is None:
+            return None
+        at = rule.carry_back(0, at)[0]
+    return at

@@ -1,0 +1,147 @@
+"""`sp_backend`: the road of a graph from Dynamo to the inner backend, on one page.
+
+    Dynamo graph -> capture -> find_attention -> propagate -> insert_collectives -> inner backend
+
+A graph with nothing to shard, a world of one rank, and no process group at all go to the inner backend as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
+
+from .capture import CapturedGraph, capture, user_line
+from .config import SequenceParallelConfig
+from .debug import record
+from .errors import CaptureError, FallbackError
+from .graph import GraphRules
+from .group import current_epoch, rank_tensor, resolve_group
+from .ops import LOWERING_VERSION
+from .passes import find_attention, insert_collectives, propagate
+from .plan import Fallback, ShardingPlan
+from .rules import has_rule
+
+log = logging.getLogger(__name__)
+
+Compiled = Callable[..., Any]
+
+
+def sp_backend(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, object] | None = None
+) -> Compiled:
+    """Compile a Dynamo graph so that the ranks of the SP group share its sequence.
+
+    `torch.compile(model, backend=sp_backend)`, or `backend="sp_compile"`. Every rank calls the compiled model with the
+    same inputs and parameters, and gets what the model gives on one device: outputs, loss and gradients.
+
+    Args:
+        gm: the graph, from Dynamo.
+        example_inputs: its inputs.
+        options: see `SequenceParallelConfig`.
+
+    Raises:
+        ConfigurationError: an option that does not exist, or a value that it does not take.
+        FallbackError: with `strict`, something that cannot be sharded.
+    """
+    config = SequenceParallelConfig.from_options(options)
+    group = resolve_group(config.group)
+    if group is None or group.size() == 1:
+        compiled = _inner_backend(config)(gm, example_inputs)
+    else:
+        compiled = _compile(gm, example_inputs, config, group)
+    epoch = current_epoch()
+
+    def run(*args: Any) -> Any:
+        if config.group is None and current_epoch() != epoch:
+            # Dynamo does not guard on the group: run this call anew, and let it compile the next.
+            torch._dynamo.reset()
+            return sp_backend(gm, args, options=options)(*args)
+        return compiled(*args)
+
+    return run
+
+
+def _compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: SequenceParallelConfig, group: dist.ProcessGroup
+) -> Compiled:
+    started = time.perf_counter()
+    try:
+        captured = capture(gm, example_inputs, has_rule)
+    except CaptureError as error:
+        if config.strict:
+            raise FallbackError(f"{error}; without strict=True this graph runs unsharded") from error
+        log.warning("a graph runs unsharded: %s", error)
+        return _inner_backend(config)(gm, example_inputs)
+    rules = GraphRules(captured.graph_module.graph)
+    sites = find_attention(rules)
+    plan = propagate(rules, sites, group.size(), config.attention)
+    _report(plan.fallbacks, config.strict)
+    if not plan.shards:
+        return _inner_backend(config)(gm, example_inputs)
+    sharded = insert_collectives(
+        captured.graph_module, rules, plan, group.group_name, config.outputs == "gather", config.rng
+    )
+    _set_local_values(sharded.graph_module, captured)
+    record(captured.graph_module, rules, sites, plan, sharded, config.dump)
+    log.info("%s, planned in %.2f s", _summary(plan), time.perf_counter() - started)
+    rank = rank_tensor(group, _device(example_inputs))
+    with torch.compiler.config.patch(cache_key_tag=_cache_key_tag(group)):
+        inner = _inner_backend(config)(sharded.graph_module, [*example_inputs, rank])
+    return lambda *args: inner(*args, rank)
+
+
+def _inner_backend(config: SequenceParallelConfig) -> Compiled:
+    if isinstance(config.inner_backend, str):
+        backend: Compiled = torch._dynamo.lookup_backend(config.inner_backend)
+        return backend
+    return config.inner_backend
+
+
+def _cache_key_tag(group: dist.ProcessGroup) -> str:
+    """The on-disk caches see `sp::` ops, not what they lower to, nor the size of the group that they name."""
+    tag = torch.compiler.config.cache_key_tag
+    return f"{tag}sp_compile lowering {LOWERING_VERSION}, group {group.group_name} of {group.size()}"
+
+
+def _set_local_values(module: fx.GraphModule, captured: CapturedGraph) -> None:
+    """Write the local value of every node to `meta["val"]`, for whoever prints the graph."""
+    mode = next((x.fake_mode for x in captured.inputs if hasattr(x, "fake_mode")), None) or FakeTensorMode()
+
+    class Propagate(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            result = super().run_node(node)
+            if node.op != "output":
+                node.meta["val"] = result
+            return result
+
+    grad_mode = torch.is_grad_enabled()
+    with mode, torch.no_grad():
+        Propagate(module).run(*captured.inputs, torch.zeros(1, dtype=torch.int64))
+    torch.set_grad_enabled(grad_mode)
+
+
+def _device(example_inputs: Sequence[Any]) -> torch.device:
+    return next((x.device for x in example_inputs if isinstance(x, Tensor)), torch.device("cpu"))
+
+
+def _report(fallbacks: Sequence[Fallback], strict: bool) -> None:
+    for fallback in fallbacks:
+        text = f"{fallback.node.target} runs on gathered values: {fallback.reason} ({user_line(fallback.node)})"
+        if strict:
+            raise FallbackError(f"{text}; give it a rule with register_sharding_rule, or compile without strict=True")
+        log.warning("%s", text)
+
+
+def _summary(plan: ShardingPlan) -> str:
+    strategies = [site.strategy for site in plan.sites]
+    counts = ", ".join(f"{strategies.count(name)} {name}" for name in dict.fromkeys(strategies)) or "none"
+    return f"sharded over {plan.parts} ranks: attention sites: {counts}; fallbacks: {len(plan.fallbacks)}"
+
+

@@ -1,0 +1,502 @@
+"""Dynamo graph → one functional, canonical, pre-dispatch ATen graph.
+
+    def forward(self, x, w):                       def forward(self, x, w):
+        y = torch._C._nn.linear(x, w)                  clone = aten.clone.default(x)
+        y[:, 0] = 0                          →         linear = aten.linear.default(clone, w)
+        z = y.view(6, 4)                               select = aten.select.int(linear, 1, 0)
+        x.add_(1)                                      …  fill, select_scatter, reshape
+        return (z,)                                    add = aten.add.Tensor(clone, 1)
+                                                       copy_ = aten.copy_.default(x, add)
+                                                       return (reshape,)
+
+The graph means what the Dynamo graph means, also when it is run eagerly: values, gradients, random
+draws, updated inputs. What cannot be shown to keep that meaning raises `CaptureError`.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._guards import TracingContext, detect_fake_mode
+from torch._higher_order_ops.wrap import tag_activation_checkpoint
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+from torch.fx.traceback import preserve_node_meta
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.checkpoint import CheckpointPolicy
+
+from sp_compile.errors import CaptureError
+
+aten = torch.ops.aten
+
+_GRAD_MODE = torch._C._set_grad_enabled
+_ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
+_EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
+_STATE = (_GRAD_MODE, _ENTER_AUTOCAST, _EXIT_AUTOCAST)
+_NO_EFFECT = (torch._C._log_api_usage_once,)
+_DROPOUTS = (
+    aten.dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_dropout.default,
+    aten.feature_alpha_dropout.default,
+)
+_ASSERTS = (
+    aten._assert_async.default,
+    aten._assert_async.msg,
+    aten._assert_scalar.default,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+)
+_RESHAPES = (aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default)
+_FRAME = re.compile(
+    r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)\n\s*(?P<code>.*)'
+)
+_TORCH = str(Path(torch.__file__).parent)
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """`graph_module` has Dynamo's placeholders and output; `inputs` are the fakes of its placeholders."""
+
+    graph_module: GraphModule
+    inputs: tuple[Any, ...]
+    mutated_inputs: tuple[int, ...]
+
+
+def user_line(node: Node) -> str:
+    """`file.py:12 in forward: y = f(x)`: the innermost frame of `node` outside torch, or its name."""
+    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    if not frames:
+        return f"node {node.name}"
+    frame = next((f for f in reversed(frames) if not f["file"].startswith(_TORCH)), frames[-1])
+    place = f"{Path(frame['file']).name}:{frame['line']} in {frame['function']}"
+    return f"{place}: {frame['code'].strip()}"
+
+
+def capture(
+    gm: GraphModule, example_inputs: Sequence[Any], keep: Callable[[OpOverload], bool]
+) -> CapturedGraph:
+    """Trace a Dynamo graph to ATen, whole where `keep` says so and decomposed elsewhere.
+
+    `keep(op)` tells of a composite (CompositeImplicitAutograd) operator whether it stays whole; all
+    others are decomposed until none is left. Raises `CaptureError` where meaning would be lost.
+    """
+    _reject_unsafe_nodes(gm)
+    fake_mode, inputs = _fakify(example_inputs)
+    traced, mutated, returned = _trace(gm, fake_mode, inputs, keep)
+    graph_module = _canonical(traced, gm, inputs, mutated, returned)
+    _reject_shared_storage(gm, example_inputs, mutated)
+    return CapturedGraph(graph_module, tuple(inputs), mutated)
+
+
+def _bodies(gm: GraphModule) -> Iterator[GraphModule]:
+    """`gm` and the checkpointed bodies below it."""
+    yield gm
+    for node in gm.graph.find_nodes(op="call_function", target=tag_activation_checkpoint):
+        yield from _bodies(getattr(gm, node.args[0].target))
+
+
+def _reject_unsafe_nodes(gm: GraphModule) -> None:
+    for body in _bodies(gm):
+        if "_checkpoint_context_fn" in body.meta:
+            raise CaptureError("a checkpoint with its own context_fn cannot be re-traced")
+        for node in body.graph.nodes:
+            target = node.target
+            if isinstance(target, HigherOrderOperator) and target is not tag_activation_checkpoint:
+                reason = f"the higher-order operator {target.name()} cannot be re-traced"
+            elif node.op == "call_module":
+                reason = f"the opaque module {target} cannot be re-traced"
+            elif (
+                node.op == "call_function"
+                and not node.all_input_nodes
+                and "example_value" not in node.meta
+                and target not in (*_STATE, *_NO_EFFECT)
+            ):
+                name = getattr(target, "__name__", str(target))
+                reason = (
+                    f"{name} sets a mode (a context, vmap, grad) that an ATen graph has no node for"
+                )
+            else:
+                continue
+            raise CaptureError(f"{reason} ({user_line(node)})")
+
+
+def _reject_shared_storage(
+    gm: GraphModule, example_inputs: Sequence[Any], mutated: Sequence[int]
+) -> None:
+    storages = {
+        i: x.untyped_storage()._cdata
+        for i, x in enumerate(example_inputs)
+        if isinstance(x, torch.Tensor)
+    }
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    for i, j in itertools.product(mutated, storages):
+        if i != j and storages[i] == storages[j]:
+            raise CaptureError(
+                f"input {placeholders[i].target} is written to and shares its memory with input "
+                f"{placeholders[j].target}"
+            )
+
+
+def _fakify(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
+    """Fake inputs with the symbols that Dynamo chose (as AOTAutograd's `process_inputs` does)."""
+    fake_mode = detect_fake_mode(example_inputs) or FakeTensorMode(shape_env=ShapeEnv())
+    context = TracingContext.try_get()
+    contexts = context.tensor_to_context if context is not None else {}
+
+    def fakify(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        if is_traceable_wrapper_subclass(x):
+            raise CaptureError(f"an input is a tensor subclass ({type(x).__name__})")
+        symbolic = contexts.get(x)
+        return fake_mode.from_tensor(
+            x,
+            static_shapes=None if context is not None else True,
+            symbolic_context=symbolic,
+            source=symbolic.tensor_source if symbolic is not None else None,
+            trace=symbolic is None,
+        )
+
+    return fake_mode, [fakify(x) for x in example_inputs]
+
+
+class _HiddenGradMode(Exception):
+    """A gradient mode that no node of the graph sets: below a custom autograd.Function, or inside
+    the C++ code of the composite operator `op`."""
+
+    def __init__(self) -> None:
+        self.op: OpOverload | None = None
+
+
+class _Functionalize(FunctionalTensorMode):
+    """Functionalises, decomposes composite operators, and watches over what autograd would lose."""
+
+    def __init__(self, whole: Callable[[OpOverload], bool], needs_grad: bool) -> None:
+        super().__init__(pre_dispatch=True, export=False)
+        self.grad_mode = torch.is_grad_enabled()
+        self._whole = whole
+        self._needs_grad = needs_grad
+        # By address; kept alive, since an address is used again.
+        self._storages_with_grad: dict[int, torch.UntypedStorage] = {}
+
+    def _can_decompose(
+        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        if not func._can_decompose():
+            return False
+        if func in _DROPOUTS and not (args[1] and args[2]):
+            return True  # returns its operand itself, which a later write would show
+        if any(a.alias_info is not None for a in func._schema.arguments):
+            return True  # no functionalisation kernel
+        return not self._whole(func) and not _has_autocast_policy(func, args)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if self._needs_grad:
+            if torch.is_grad_enabled() != self.grad_mode:
+                raise _HiddenGradMode
+            self._reject_untracked_write(func, args)
+        try:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        except _HiddenGradMode as error:
+            if error.op is None and self._can_decompose(func, args, kwargs or {}):
+                error.op = func
+            raise
+
+    def _reject_untracked_write(self, func: OpOverload, args: tuple[Any, ...]) -> None:
+        """A write that autograd does not see leaves a gradient in place which would vanish here:
+        `with no_grad(): w.clamp_(0)`, or `x.detach().add_(1)`, and then `w` or `x` is used."""
+        tensors = [a for a in args if isinstance(a, FunctionalTensor)]
+        tracked = {id(t): torch._from_functional_tensor(t.elem).requires_grad for t in tensors}
+        storages = [t.untyped_storage() for t in tensors if tracked[id(t)]]
+        self._storages_with_grad.update((s._cdata, s) for s in storages)
+        if not func._schema.is_mutable:
+            return
+        if func is aten.rrelu_with_noise.default:
+            raise CaptureError(f"the backward of {func} reads what its forward writes")
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if (
+                argument.is_write
+                and isinstance(value, FunctionalTensor)
+                and value.untyped_storage()._cdata in self._storages_with_grad
+                and not (torch.is_grad_enabled() and tracked[id(value)])
+            ):
+                raise CaptureError(f"{func} writes, unseen by autograd, to what has a gradient")
+
+
+def _has_autocast_policy(func: OpOverload, args: tuple[Any, ...]) -> bool:
+    """Whether autocast is on and casts for `func`, which it would not do for the parts of `func`."""
+    devices = {a.device.type for a in args if isinstance(a, torch.Tensor)}
+    return any(
+        torch.is_autocast_enabled(device)
+        and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), f"Autocast{device.upper()}")
+        for device in devices
+    )
+
+
+class _DynamoInterpreter(Interpreter):
+    """Runs a Dynamo graph under `mode`, with checkpointed bodies inlined and tagged."""
+
+    def __init__(self, gm: GraphModule, mode: _Functionalize, graph: Graph | None = None) -> None:
+        super().__init__(gm, graph=graph)
+        self.extra_traceback = False
+        self._mode = mode
+        self._autocasts: list[torch.amp.autocast] = []
+        self.constants: list[FunctionalTensor] = []
+
+    def run_node(self, n: Node) -> Any:
+        try:
+            return super().run_node(n)
+        except _HiddenGradMode as error:
+            if error.op is not None:
+                raise
+            raise CaptureError(f"a custom backward would be lost ({user_line(n)})") from error
+        except CaptureError as error:
+            raise CaptureError(f"{error} ({user_line(n)})") from error.__cause__
+        except Exception as error:
+            raise CaptureError(f"re-tracing failed: {error} ({user_line(n)})") from error
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        if isinstance(value, torch.Tensor):
+            value = FunctionalTensor.to_functional(value)
+            self.constants.append(value)
+        return value
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is tag_activation_checkpoint:
+            return self._inline_checkpoint(*args)
+        result = super().call_function(target, args, kwargs)
+        # make_fx records autocast without entering it: dtypes would be those before casting.
+        if target is _GRAD_MODE:
+            self._mode.grad_mode = args[0]
+        elif target is _ENTER_AUTOCAST:
+            device, dtype, enabled, _ = args
+            with torch._C.DisableTorchFunction():
+                autocast = torch.amp.autocast(device, dtype, enabled, cache_enabled=False)
+                autocast.__enter__()
+            self._autocasts.append(autocast)
+        elif target is _EXIT_AUTOCAST:
+            with torch._C.DisableTorchFunction():
+                self._autocasts.pop().__exit__(None, None, None)
+        return result
+
+    def _inline_checkpoint(self, body: GraphModule, *args: Any) -> Any:
+        """The partitioner recomputes nodes that carry these two fields, wherever they stand."""
+        graph, tags = Graph(), {"recompute": CheckpointPolicy.PREFER_RECOMPUTE}
+        output = graph.graph_copy(body.graph, {})
+        graph.output(output)
+        region = next(_CHECKPOINT_IDS)
+        for node in graph.nodes:
+            node.meta.update(tags, ac_graph_id=region)
+        inner = _DynamoInterpreter(body, self._mode, graph)
+        result = inner.run(*args)
+        self.constants += inner.constants
+        return result
+
+
+_CHECKPOINT_IDS = itertools.count()
+
+
+def _trace(
+    gm: GraphModule,
+    fake_mode: FakeTensorMode,
+    inputs: Sequence[Any],
+    keep: Callable[[OpOverload], bool],
+) -> tuple[GraphModule, tuple[int, ...], dict[int, int]]:
+    """Returns the graph, whose outputs are Dynamo's and then the mutated inputs; which inputs those
+    are; and which outputs (position → input) are such an input itself."""
+    needs_grad = torch.is_grad_enabled() or any(
+        node.args[0]
+        for body in _bodies(gm)
+        for node in body.graph.find_nodes(op="call_function", target=_GRAD_MODE)
+    )
+    whole: set[OpOverload] = set()
+    mutated: tuple[int, ...] = ()
+    returned: dict[int, int] = {}
+
+    def functional(*args: Any) -> list[Any]:
+        nonlocal mutated, returned
+        mode = _Functionalize(lambda op: op in whole or keep(op), needs_grad)
+        below = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
+        with torch._C._ExcludeDispatchKeyGuard(below), mode:
+            wrapped = [
+                FunctionalTensor.to_functional(a) if isinstance(a, torch.Tensor) else a
+                for a in args
+            ]
+            interpreter = _DynamoInterpreter(gm, mode)
+            outputs = interpreter.run(*wrapped)
+            mutated = tuple(i for i, x in enumerate(wrapped) if _is_mutated(x))
+            if any(_is_mutated(x) for x in interpreter.constants):
+                raise CaptureError("the graph writes to a tensor that is no input of it")
+            returned = _returned_inputs(outputs, wrapped, mutated)
+            return [_unwrap(x) for x in (*outputs, *(wrapped[i] for i in mutated))]
+
+    while True:
+        known = len(whole)
+        grad_mode = torch.is_grad_enabled()
+        try:
+            with fake_mode, preserve_node_meta(), torch.set_grad_enabled(grad_mode):
+                traced = make_fx(
+                    functional,
+                    decomposition_table={aten.copy.default: _copy},
+                    pre_dispatch=True,
+                    _allow_non_fake_inputs=True,
+                )(*inputs)
+            return traced, mutated, returned
+        except _HiddenGradMode as error:
+            assert error.op is not None
+            whole.add(error.op)
+            if len(whole) == known:
+                raise CaptureError(f"{error.op} cannot be traced") from error
+
+
+def _copy(destination: torch.Tensor, source: torch.Tensor, _: bool = False) -> torch.Tensor:
+    """`aten.copy` has no derivative; these have."""
+    if source.dtype != destination.dtype or source.device != destination.device:
+        source = aten._to_copy.default(source, dtype=destination.dtype, device=destination.device)
+    return aten.expand.default(source, destination.shape)
+
+
+def _is_mutated(value: Any) -> bool:
+    if not isinstance(value, FunctionalTensor):
+        return False
+    if torch._functionalize_has_metadata_mutation(value.elem):
+        raise CaptureError("the graph changes the shape, strides or storage of one of its inputs")
+    return torch._functionalize_has_data_mutation(value.elem)
+
+
+def _returned_inputs(
+    outputs: Sequence[Any], inputs: Sequence[Any], mutated: Sequence[int]
+) -> dict[int, int]:
+    returned = {}
+    for position, output in enumerate(outputs):
+        for i in mutated:
+            if output is inputs[i]:
+                returned[position] = i
+            elif (
+                isinstance(output, FunctionalTensor)
+                and output.untyped_storage()._cdata == inputs[i].untyped_storage()._cdata
+            ):
+                raise CaptureError(f"output {position} is a view of an input that is written to")
+    return returned
+
+
+def _unwrap(value: Any) -> Any:
+    if not isinstance(value, FunctionalTensor):
+        return value
+    torch._sync(value)  # type: ignore[no-untyped-call]
+    return torch._from_functional_tensor(value.elem)
+
+
+def _canonical(
+    traced: GraphModule,
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    mutated: Sequence[int],
+    returned: dict[int, int],
+) -> GraphModule:
+    """The traced graph under Dynamo's names, in one vocabulary, with its epilogue."""
+    graph = Graph()
+    env: dict[Node, Any] = {}
+    old_placeholders = traced.graph.find_nodes(op="placeholder")
+    placeholders = []
+    for old, dynamo, value in zip(
+        old_placeholders, gm.graph.find_nodes(op="placeholder"), inputs, strict=True
+    ):
+        node = graph.create_node("placeholder", dynamo.target, name=dynamo.name)
+        kept = {k: v for k, v in dynamo.meta.items() if k not in ("example_value", "grapharg")}
+        node.meta = {**kept, **old.meta, "val": value}
+        placeholders.append(node)
+        env[old] = node
+    for i in mutated:
+        # copy_ into what autograd has saved would break the backward of the graph run eagerly.
+        clone = graph.call_function(aten.clone.default, (placeholders[i],))
+        clone.meta = dict(old_placeholders[i].meta)
+        env[old_placeholders[i]] = clone
+    for old in traced.graph.nodes:
+        if old.op in ("call_function", "get_attr"):
+            env[old] = _rewrite(graph, traced, old, env)
+    results = [env[x] if isinstance(x, Node) else x for x in traced.graph.output_node().args[0]]
+    updates = results[len(results) - len(mutated) :]
+    for i, update in zip(mutated, updates, strict=True):
+        epilogue = graph.call_function(aten.copy_.default, (placeholders[i], update))
+        epilogue.meta = {**update.meta, "val": inputs[i]}
+    outputs = results[: len(results) - len(mutated)]
+    for position, i in returned.items():
+        outputs[position] = placeholders[i]
+    graph.output(tuple(outputs)).meta = dict(gm.graph.output_node().meta)
+    graph.eliminate_dead_code(_has_effect)
+    graph.lint()
+    return GraphModule(traced, graph)
+
+
+def _rewrite(graph: Graph, traced: GraphModule, old: Node, env: dict[Node, Any]) -> Node | None:
+    target = old.target
+    if isinstance(target, HigherOrderOperator):
+        raise CaptureError(f"{target.name()} is no ATen operator ({user_line(old)})")
+    if target is aten._assert_tensor_metadata.default:
+        return None
+    if target is aten.alias.default or (
+        target in (*_RESHAPES, aten.expand.default) and _same_shape(old, old.args[0])
+    ):
+        return env[old.args[0]]
+    new = graph.node_copy(old, lambda n: env[n])
+    if target in _RESHAPES:
+        new.target, new.args, new.kwargs = aten.reshape.default, new.args[:2], {}
+    elif target is aten.lift_fresh_copy.default:
+        constant = getattr(traced, old.args[0].target)
+        if constant.numel() == 1:
+            value = old.meta["val"]
+            new.target, new.args = aten.full.default, (list(value.shape), constant.item())
+            new.kwargs = {"dtype": value.dtype, "device": value.device}
+        else:
+            new.target = aten.clone.default
+    elif target is aten.cat.default:
+        _drop_empty_operands(new)
+    return new
+
+
+def _same_shape(node: Node, other: Node) -> bool:
+    a, b = node.meta["val"].shape, other.meta["val"].shape
+    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b))
+
+
+def _drop_empty_operands(cat: Node) -> None:
+    """`cat` passes over one-dimensional tensors without elements (Hugging Face's empty KV cache)."""
+    operands = cat.args[0]
+    full = [x for x in operands if x.meta["val"].shape != (0,)]
+    value = cat.meta["val"]
+    if len(full) == len(operands) or not full or value.dim() == 1:
+        return
+    if len(full) > 1 and all(x.meta["val"].dtype == value.dtype for x in full):
+        cat.args = (full, *cat.args[1:])
+    elif len(full) == 1:
+        cat.target, cat.args, cat.kwargs = aten.clone.default, (full[0],), {}
+        if full[0].meta["val"].dtype != value.dtype:
+            cat.target, cat.kwargs = aten._to_copy.default, {"dtype": value.dtype}
+
+
+def _has_effect(node: Node) -> bool:
+    """Nodes that stay without a user. Dead random operators stay too: they draw numbers."""
+    if node.op != "call_function":
+        return node.op != "get_attr"
+    if node.target in _STATE or node.target in _ASSERTS:
+        return True
+    return isinstance(node.target, OpOverload) and (
+        node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
+    )

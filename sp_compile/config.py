@@ -1,0 +1,128 @@
+"""The options of the backend, and what is said of one that cannot be right."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+import torch._dynamo
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from sp_compile.errors import ConfigurationError
+
+Outputs = Literal["gather", "shard"]
+ParameterGradients = Literal["all_reduce", "local"]
+Attention = Literal["auto", "ulysses", "all_gather_kv", "replicate"]
+RandomNumbers = Literal["parallel", "exact"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "outputs": get_args(Outputs),
+    "param_grads": get_args(ParameterGradients),
+    "attention": get_args(Attention),
+    "rng": get_args(RandomNumbers),
+}
+
+
+@dataclass(frozen=True)
+class SequenceParallelConfig:
+    """How a model is compiled; the same names as in `torch.compile(..., options={...})`.
+
+    Raises `ConfigurationError` for a value that an option does not take.
+    """
+
+    group: ProcessGroup | DeviceMesh | None = None
+    """The SP group; `None` is the one that `init_sequence_parallel` made when the model first runs.
+    Of a mesh its dimension "sp" is taken, or the only one that it has."""
+
+    inner_backend: str | Callable[..., Any] = "inductor"
+    """What compiles the rewritten graph: a name known to `torch.compile`, or a callable
+    `(graph_module, example_inputs) -> callable`."""
+
+    outputs: Outputs = "gather"
+    """"gather": every rank returns outputs of full shape. "shard": a rank returns its own rows,
+    without padding, and gradients are those of the sum over ranks of their local losses."""
+
+    param_grads: ParameterGradients = "all_reduce"
+    """"all_reduce": a parameter's gradient is the full one on every rank. "local": it is this
+    rank's sum times P, for a DDP or FSDP that averages over data *and* SP ranks."""
+
+    attention: Attention = "auto"
+    """How attention is made whole; "auto" takes what moves the fewest bytes, site by site."""
+
+    rng: RandomNumbers = "parallel"
+    """"parallel": dropout on a sharded value draws per rank, equal in distribution to one device.
+    "exact": draws the whole value on every rank and cuts it, equal bit for bit."""
+
+    strict: bool = False
+    """What would run on gathered values for want of a rule raises `FallbackError` instead."""
+
+    dump: str | os.PathLike[str] | None = None
+    """A folder to write the graph to, before and after every pass."""
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConfigurationError(_wrong_value(name, value, choices))
+        if not isinstance(self.strict, bool):
+            raise ConfigurationError(_wrong_type("strict", self.strict, "True or False"))
+        if self.dump is not None and not isinstance(self.dump, str | os.PathLike):
+            raise ConfigurationError(_wrong_type("dump", self.dump, "the path of a folder or None"))
+        if self.group is not None and not isinstance(self.group, ProcessGroup | DeviceMesh):
+            raise ConfigurationError(
+                _wrong_type("group", self.group, "a ProcessGroup, a DeviceMesh or None")
+            )
+        if isinstance(self.inner_backend, str):
+            _check_backend_name(self.inner_backend)
+        elif not callable(self.inner_backend):
+            raise ConfigurationError(
+                _wrong_type("inner_backend", self.inner_backend, "a name or a callable")
+            )
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, object] | None) -> SequenceParallelConfig:
+        """The configuration that `torch.compile(..., options=options)` asks for.
+
+        Raises `ConfigurationError` for an unknown option or value, with the right ones listed.
+        """
+        given: dict[str, Any] = dict(options or {})
+        names = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in names:
+                raise ConfigurationError(
+                    f"unknown option {name!r}{_suggestion(name, names)} "
+                    f"The options are {', '.join(names)}."
+                )
+        return cls(**given)
+
+
+def _check_backend_name(name: str) -> None:
+    # `None` as the excluded tags: "eager" and "aot_eager" count as debugging tools, yet they serve.
+    known = [other for other in torch._dynamo.list_backends(None) if other != "sp_compile"]
+    if name == "sp_compile":
+        raise ConfigurationError(
+            "option 'inner_backend' is 'sp_compile', which would call itself. "
+            f"It takes a callable or one of {', '.join(map(repr, known))}."
+        )
+    if name not in known:
+        raise ConfigurationError(_wrong_value("inner_backend", name, known, "a callable or "))
+
+
+def _wrong_value(name: str, value: object, choices: Collection[str], also: str = "") -> str:
+    listed = ", ".join(map(repr, choices))
+    return (
+        f"option {name!r} is {value!r}{_suggestion(value, choices)} It takes {also}one of {listed}."
+    )
+
+
+def _wrong_type(name: str, value: object, takes: str) -> str:
+    return f"option {name!r} is {value!r}, of type {type(value).__name__}. It takes {takes}."
+
+
+def _suggestion(word: object, choices: Collection[str]) -> str:
+    close = difflib.get_close_matches(str(word), choices, n=1)
+    return f"; did you mean {close[0]!r}?" if close else "."

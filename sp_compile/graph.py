@@ -1,0 +1,102 @@
+"""What every pass asks of a captured graph: its rules, its operands, its shapes, what descends from activations."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import sympy
+import torch
+from torch import fx
+from torch._subclasses import FakeTensor
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from .rule import OpCall, OpShardingRule, TensorSpec
+from .rules import rule_for
+from .sharding import Size
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """Whether a node's value is one tensor."""
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def operand_nodes(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The tensor operands of a call in the order of `OpCall.operands`: one entry per use, lists flattened."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    found: list[fx.Node] = []
+
+    def visit(value: object) -> None:
+        if isinstance(value, fx.Node):
+            if is_tensor(value):
+                found.append(value)
+        elif isinstance(value, (list, tuple)):
+            for each in value:
+                visit(each)
+
+    for position, argument in enumerate(node.target._schema.arguments):
+        visit(node.args[position] if position < len(node.args) else node.kwargs.get(argument.name))
+    return tuple(found)
+
+
+class GraphRules:
+    """A captured graph with the rule of each of its nodes. Nothing here changes the graph."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self._rules: dict[fx.Node, OpShardingRule | None] = {}
+
+    def rule(self, node: fx.Node) -> OpShardingRule | None:
+        """The op sharding rule of a node; None if it has to run on whole values."""
+        if node not in self._rules:
+            call = isinstance(node.target, torch._ops.OpOverload) and self.operands(node)
+            self._rules[node] = rule_for(OpCall.of_node(node)) if call else None
+        return self._rules[node]
+
+    def operands(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """The tensor operands of a node, as in its rule."""
+        return operand_nodes(node) if isinstance(node.target, torch._ops.OpOverload) else ()
+
+    def shape(self, node: fx.Node) -> tuple[Size, ...]:
+        """The global shape of a node's value."""
+        return TensorSpec.of(node.meta["val"]).shape
+
+    def bytes(self, node: fx.Node) -> int:
+        """The size of a node's whole value in bytes; symbolic sizes count as they were when the graph was made."""
+        value = node.meta["val"]
+        count = self.hint(sympy.Mul(*self.shape(node)))
+        return count * int(value.element_size())
+
+    def hint(self, size: Size) -> int:
+        """A size as it was when the graph was made; for costs only."""
+        if isinstance(size, int):
+            return size
+        shape_env = self._shape_env
+        return int(size.xreplace(shape_env.backed_var_to_val)) if shape_env else int(size)
+
+    def is_activation(self, node: fx.Node) -> bool:
+        """Whether a value is floating and descends from a parameter or from a floating input of the user."""
+        return node in self._activations
+
+    @cached_property
+    def _activations(self) -> frozenset[fx.Node]:
+        found: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            value = node.meta.get("val")
+            if node.op == "placeholder" or node.op == "get_attr":
+                begins = isinstance(value, torch.Tensor) and value.is_floating_point()
+                if begins and (value.requires_grad or value.dim() >= 2):
+                    found.add(node)
+            elif not found.isdisjoint(node.all_input_nodes) and (
+                not isinstance(value, torch.Tensor) or value.is_floating_point()
+            ):
+                found.add(node)
+        return frozenset(found)
+
+    @cached_property
+    def _shape_env(self) -> ShapeEnv | None:
+        for node in self.graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, FakeTensor):
+                return value.fake_mode.shape_env
+        return None
+

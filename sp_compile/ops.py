@@ -1,0 +1,576 @@
+"""The `sp::` ops: how values move between the ranks of an SP group, and what their gradients do.
+
+Each op is one composite function over aten and `_c10d_functional` ops, around an autograd Function
+where autograd needs telling. It is fake kernel, autograd and lowering at once: a pre-dispatch graph
+keeps the op whole, AOTAutograd sees collectives that Inductor knows, fuses around and overlaps,
+eager runs the same code, and there is no decomposition table that a compile cache could miss. Rank
+is data, an int64 tensor `[1]`, so that the compiled text is the same on every rank.
+
+The gradient of a replicated value is the full gradient, the same on every rank. Values are padded
+by repeating the last granule, gradients by zeros; a gradient that arrives at padding is dropped.
+With x_r what rank r holds, g the gradient of the result y and g' that of the operand:
+
+    op           forward                          backward
+    shard        y_r = x[rows of r], padded       g' = cat_r(g_r) without padding
+    all_gather   y = cat_r(x_r) without padding   g'_r = g[rows of r], 0 at padding
+    all_to_all   y_r = cat_s(x_s[.., r])          the exchange back, 0 at padding
+    all_reduce   y = sum_r(x_r)                   g'_r = g
+    replicate    y = x                            g' = sum_r(g_r)
+
+The first two are conjugate, and the last two (Megatron's g and f: Korthikanti et al. 2022); an
+all_to_all is that of the exchange back (DeepSpeed Ulysses: Jacobs et al. 2023). Each backward is
+written in the conjugate op, and so can be differentiated again.
+
+A layout is `dim, outer, sizes, granules`, as in `sharding.Sharded`. Sizes are global and may be
+symbolic: nothing here asks whether P divides one of them, unless they are plain ints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributed.distributed_c10d import GroupName, _get_group_size_by_name
+
+from sp_compile.errors import SequenceParallelError
+from sp_compile.sharding import block_rows
+
+LOWERING_VERSION = 1
+"""Part of every compile cache key: raise it whenever what an op lowers to changes."""
+
+_collectives = torch.ops._c10d_functional
+_library = torch.library.Library("sp", "DEF")
+_Kernel = TypeVar("_Kernel", bound=Callable[..., Tensor])
+
+# What every transport takes, gloo too; anything else travels as a view of its bytes.
+_INTEGERS = {torch.uint8, torch.int8, torch.int32, torch.int64}
+_HALVES = {torch.float16, torch.bfloat16}
+_FLOATS = {torch.float32, torch.float64, *_HALVES}
+_TRANSPORTED = {*_INTEGERS, *_FLOATS}
+
+
+class ShardedDim(NamedTuple):
+    """Dimension `dim` read as `(outer, s)`; s is a row of segments, each cut in P blocks."""
+
+    dim: int
+    outer: int
+    sizes: list[int]
+    granules: list[int]
+
+    @property
+    def rows(self) -> int:
+        return sum(self.sizes)
+
+    def blocks(self, parts: int) -> list[int]:
+        segments = zip(self.sizes, self.granules, strict=True)
+        return [block_rows(size, granule, parts) for size, granule in segments]
+
+    def local(self, parts: int) -> int:
+        return sum(self.blocks(parts))
+
+    def is_even(self, parts: int) -> bool:
+        """One segment, known to need no padding: its blocks laid end to end are the whole."""
+        size, granule = self.sizes[0], self.granules[0]
+        known = len(self.sizes) == 1 and isinstance(size, int) and isinstance(granule, int)
+        return known and size % (granule * parts) == 0
+
+
+class _Function(torch.autograd.Function):
+    @classmethod
+    def run(cls, *args: Any) -> Tensor:
+        result: Tensor = cls.apply(*args)  # type: ignore[no-untyped-call]
+        return result
+
+
+def _op(schema: str) -> Callable[[_Kernel], _Kernel]:
+    """Define `sp::<schema>` with the decorated function as its composite kernel."""
+
+    def register(kernel: _Kernel) -> _Kernel:
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(kernel.__name__, kernel, "CompositeImplicitAutograd")
+        return kernel
+
+    return register
+
+
+def _group_size(group: str) -> int:
+    return _get_group_size_by_name(GroupName(group))
+
+
+def _dimension(x: Tensor, dim: int) -> int:
+    if not -x.dim() <= dim < x.dim():
+        raise SequenceParallelError(f"a tensor of shape {list(x.shape)} has no dimension {dim}")
+    return dim % x.dim()
+
+
+def _layout(
+    x: Tensor, dim: int, outer: int, sizes: list[int], granules: list[int], parts: int = 1
+) -> ShardedDim:
+    """The layout of dimension `dim`, of which `x` holds one of `parts`, padded; the whole if 1."""
+    if len(sizes) != len(granules) or not sizes:
+        raise SequenceParallelError(
+            f"{len(sizes)} segment sizes, {len(granules)} granules: every segment needs both"
+        )
+    layout = ShardedDim(_dimension(x, dim), outer, sizes, granules)
+    found, expected = x.shape[layout.dim], outer * layout.local(parts)
+    # Symbolic sizes are not compared: that would be a guard.
+    if isinstance(found, int) and isinstance(expected, int) and found != expected:
+        raise SequenceParallelError(
+            f"dimension {layout.dim} of {list(x.shape)} has {found} rows; one of {parts} parts of "
+            f"{outer} x segments {sizes} with granules {granules} has {expected}"
+        )
+    return layout
+
+
+def _check_distinct(x: Tensor, gather_dim: int, scatter_dim: int) -> None:
+    if gather_dim == scatter_dim:
+        raise SequenceParallelError(
+            f"dimension {gather_dim} of {list(x.shape)} is both gathered and scattered; "
+            "an all-to-all moves the shard between two dimensions"
+        )
+
+
+def _owned_rows(layout: ShardedDim, ranks: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """The global row of each local row of `ranks` `[n]`, `[n * outer * local]`, and if it is real."""
+    rows: list[Tensor] = []
+    real: list[Tensor] = []
+    start = 0
+    segments = zip(layout.sizes, layout.granules, layout.blocks(parts), strict=True)
+    for size, granule, block in segments:
+        row = ranks.view(-1, 1, 1) * block + torch.arange(block, device=ranks.device)
+        last = (size - granule + (row - size) % granule).clamp(min=0)
+        rows.append(torch.where(row < size, row, last) + start)
+        real.append(row < size)
+        start = start + size
+    outer = torch.arange(layout.outer, device=ranks.device).unsqueeze(1)
+    within = torch.cat(real, 2).expand(-1, layout.outer, -1)
+    return (outer * layout.rows + torch.cat(rows, 2)).flatten(), within.flatten()
+
+
+def _stored_rows(layout: ShardedDim, parts: int, device: torch.device) -> Tensor:
+    """Where each global row lies in the local rows of all ranks end to end, `[outer * s]`."""
+    stored: list[Tensor] = []
+    outer = torch.arange(layout.outer, device=device).unsqueeze(1)
+    start, local = 0, layout.local(parts)
+    for size, block in zip(layout.sizes, layout.blocks(parts), strict=True):
+        row = torch.arange(size, device=device)
+        owner = row // block
+        stored.append((owner * layout.outer + outer) * local + row - owner * block + start)
+        start = start + block
+    return torch.cat(stored, 1).flatten()
+
+
+def _split(x: Tensor, dim: int, *sizes: int) -> Tensor:
+    return x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
+
+
+def _fill(x: Tensor, dim: int, keep: Tensor, fill: float = 0) -> Tensor:
+    """`x` where `keep` `[rows]`, else `fill`; never a product, which would keep infinities."""
+    return x.masked_fill(~keep.view(-1, *[1] * (x.dim() - dim - 1)), fill)
+
+
+def _cut(x: Tensor, layout: ShardedDim, ranks: Tensor, parts: int, zero: bool) -> Tensor:
+    """`[.., outer * s, ..]` -> `[.., n * outer * local, ..]`: the parts of `ranks` `[n]`."""
+    rows, real = _owned_rows(layout, ranks, parts)
+    x = x.index_select(layout.dim, rows)
+    return _fill(x, layout.dim, real) if zero and not layout.is_even(parts) else x
+
+
+def _cut_for_all(x: Tensor, layout: ShardedDim, parts: int, zero: bool) -> Tensor:
+    """`[.., outer * s, ..]` -> `[P, .., outer * local, ..]`: the parts of all ranks."""
+    dim, local = layout.dim, layout.local(parts)
+    if layout.is_even(parts):
+        x = _split(x, dim, layout.outer, parts, local).movedim(dim + 1, 0)
+        return x.flatten(dim + 1, dim + 2)
+    x = _cut(x, layout, torch.arange(parts, device=x.device), parts, zero)
+    return _split(x, dim, parts, layout.outer * local).movedim(dim, 0)
+
+
+def _join(pieces: Tensor, layout: ShardedDim, parts: int) -> Tensor:
+    """`[P, .., outer * local, ..]` -> `[.., outer * s, ..]`: the real rows of all parts."""
+    dim, local = layout.dim, layout.local(parts)
+    if layout.is_even(parts):
+        x = _split(pieces, dim + 1, layout.outer, local).movedim(0, dim + 1)
+        return x.flatten(dim, dim + 2)
+    x = pieces.movedim(0, dim).flatten(dim, dim + 1)
+    return x.index_select(dim, _stored_rows(layout, parts, x.device))
+
+
+def _gather(x: Tensor, layout: ShardedDim, group: str) -> Tensor:
+    parts = _group_size(group)
+    # A new first dimension of 1: ranks are laid end to end along it.
+    gathered = _collectives.all_gather_into_tensor(x.unsqueeze(0).contiguous(), parts, group)
+    return _join(_collectives.wait_tensor(gathered), layout, parts)
+
+
+def _exchange(x: Tensor, gather: ShardedDim, scatter: ShardedDim, group: str, zero: bool) -> Tensor:
+    """Local along `gather`, whole along `scatter` -> the reverse, by equal parts."""
+    parts = _group_size(group)
+    sent, ones = _cut_for_all(x, scatter, parts, zero).contiguous(), [1] * parts
+    received = _collectives.all_to_all_single(sent, ones, ones, group)
+    return _join(_collectives.wait_tensor(received), gather, parts)
+
+
+def _moved(move: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`move(x)`; of a view of the bytes of x, a new last dimension, if transports refuse it."""
+    if x.dtype in _TRANSPORTED:
+        return move(x)
+    # A lazy conjugate or negative has no bytes of its own.
+    data = x.resolve_conj().resolve_neg().unsqueeze(-1).view(torch.uint8)
+    return move(data).contiguous().view(x.dtype).squeeze(-1)
+
+
+def _all_reduce(x: Tensor, kind: str, group: str) -> Tensor:
+    result: Tensor = _collectives.wait_tensor(_collectives.all_reduce(x.contiguous(), kind, group))
+    return result
+
+
+def _reduced(x: Tensor, kind: str, group: str) -> Tensor:
+    """The sum, max or min over ranks; of half types in float32, where 131072 ones are finite."""
+    if kind == "sum" and x.is_complex():
+        return torch.view_as_complex(_reduced(torch.view_as_real(x.resolve_conj()), kind, group))
+    if x.dtype in _HALVES:
+        return _all_reduce(x.float(), kind, group).to(x.dtype)
+    if x.dtype == torch.bool and kind != "sum":
+        return _all_reduce(x.to(torch.uint8), kind, group).to(x.dtype)
+    if x.dtype not in _TRANSPORTED:
+        raise SequenceParallelError(
+            f"transports cannot reduce {x.dtype} over ranks ({kind}): convert the tensor to "
+            "float32 or int64 before the operator that is reduced, and back after it"
+        )
+    return _all_reduce(x, kind, group)
+
+
+def _sum_rows(x: Tensor, dim: int, index: Tensor, rows: int) -> Tensor:
+    """`y[k]` is the sum of the rows of `x` whose index is k, in float32 for half types."""
+    wide = x.float() if x.dtype in _HALVES else x
+    zeros = wide.new_zeros([*x.shape[:dim], rows, *x.shape[dim + 1 :]])
+    return zeros.index_add(dim, index, wide).to(x.dtype)
+
+
+class _Shard(_Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, rank: Tensor, layout: ShardedDim, group: str, zero: bool = False
+    ) -> Tensor:
+        ctx.save_for_backward(rank)
+        ctx.layout, ctx.group, parts = layout, group, _group_size(group)
+        return _moved(lambda t: _cut(t, layout, rank, parts, zero), x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _AllGather.run(grad, *ctx.saved_tensors, ctx.layout, ctx.group), *[None] * 4
+
+
+class _AllGather(_Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rank: Tensor, layout: ShardedDim, group: str) -> Tensor:
+        ctx.save_for_backward(rank)
+        ctx.layout, ctx.group = layout, group
+        return _moved(lambda t: _gather(t, layout, group), x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Shard.run(grad, *ctx.saved_tensors, ctx.layout, ctx.group, True), *[None] * 3
+
+
+class _AllToAll(_Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gather: ShardedDim, scatter: ShardedDim, group: str, zero: bool = False
+    ) -> Tensor:
+        ctx.gather, ctx.scatter, ctx.group = gather, scatter, group
+        return _moved(lambda t: _exchange(t, gather, scatter, group, zero), x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _AllToAll.run(grad, ctx.scatter, ctx.gather, ctx.group, True), *[None] * 4
+
+
+class _Sum(_Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return _reduced(x, "sum", group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Replicate.run(grad, ctx.group), None
+
+
+class _Replicate(_Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Sum.run(grad, ctx.group), None
+
+
+class _Extremum(_Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kind: str, group: str) -> Tensor:
+        result = _reduced(x, kind, group)
+        ctx.save_for_backward(x, result)
+        ctx.group = group
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, result = ctx.saved_tensors
+        wins = x == result
+        winners = _reduced(wins.to(torch.int32), "sum", ctx.group)
+        share = _Replicate.run(grad, ctx.group) / winners
+        return share.masked_fill(~wins, 0), None, None
+
+
+class _SelectRows(_Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, row: Tensor, mine: Tensor, group: str) -> Tensor:
+        ctx.save_for_backward(row, mine)
+        ctx.dim, ctx.rows, ctx.group = dim, x.shape[dim], group
+        # A row has one owner and the other ranks add zeros: exact in every dtype, or its bytes.
+        return _moved(
+            lambda t: _all_reduce(_fill(t.index_select(dim, row), dim, mine), "sum", group), x
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        row, mine = ctx.saved_tensors
+        owned = _fill(_Replicate.run(grad, ctx.group), ctx.dim, mine)
+        return _sum_rows(owned, ctx.dim, row, ctx.rows), *[None] * 4
+
+
+class _KVHeads(NamedTuple):
+    """Which of G KV heads each of P ranks needs for its `per_rank = ceil(H / P)` query heads.
+
+    Query head h reads KV head `h // (H / G)`, so a rank needs a run of neighbours. Each is sent
+    `width` of them, what the neediest needs. With H = 6, G = 2, P = 4 they need `[0]`, `[0, 1]`,
+    `[1]`, `[1]`: width 2. Arithmetic on ranks, for a table would be a constant of the graph.
+    """
+
+    kv_heads: int
+    query_heads: int
+    parts: int
+
+    @property
+    def per_rank(self) -> int:
+        return block_rows(self.query_heads, 1, self.parts)
+
+    @property
+    def width(self) -> int:
+        share, last = self.query_heads // self.kv_heads, self.query_heads - 1
+        firsts = [min(rank * self.per_rank, last) for rank in range(self.parts)]
+        return max(min(h + self.per_rank - 1, last) // share - h // share + 1 for h in firsts)
+
+    def layout(self, dim: int) -> ShardedDim:
+        """The heads as they are sent: `width` to each rank."""
+        return ShardedDim(dim, 1, [self.parts * self.width], [self.width])
+
+    def query(self, rank: Tensor) -> Tensor:
+        """The query heads of `rank`, padding included, `[per_rank]`."""
+        return rank * self.per_rank + torch.arange(self.per_rank, device=rank.device)
+
+    def read_by(self, query: Tensor) -> Tensor:
+        return query.clamp(max=self.query_heads - 1) // (self.query_heads // self.kv_heads)
+
+    def sent(self, device: torch.device) -> Tensor:
+        """The KV heads sent to each rank in turn, `[P * width]`."""
+        first = self.read_by(torch.arange(self.parts, device=device) * self.per_rank)
+        run = first.unsqueeze(1) + torch.arange(self.width, device=device)
+        return run.clamp(max=self.kv_heads - 1).flatten()
+
+    def received(self, rank: Tensor) -> Tensor:
+        """Where each of my query heads finds its KV head among the `width` sent, `[per_rank]`."""
+        return self.read_by(self.query(rank)) - self.read_by(rank * self.per_rank)
+
+
+class _AllToAllKV(_Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, rank: Tensor, gather: ShardedDim, dim: int, heads: _KVHeads, group: str
+    ) -> Tensor:
+        ctx.save_for_backward(rank)
+        ctx.gather, ctx.dim, ctx.heads, ctx.group = gather, dim, heads, group
+
+        def move(t: Tensor) -> Tensor:
+            sent = t.index_select(dim, heads.sent(t.device))
+            received = _exchange(sent, gather, heads.layout(dim), group, False)
+            return received.index_select(dim, heads.received(rank))
+
+        return _moved(move, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (rank,) = ctx.saved_tensors
+        dim, heads = ctx.dim, ctx.heads
+        grad = _fill(grad, dim, heads.query(rank) < heads.query_heads)
+        received = _sum_rows(grad, dim, heads.received(rank), heads.width)
+        sent = _AllToAll.run(received, heads.layout(dim), ctx.gather, ctx.group, True)
+        return _sum_rows(sent, dim, heads.sent(sent.device), heads.kv_heads), *[None] * 5
+
+
+_LAYOUT = "int dim, SymInt outer, SymInt[] sizes, SymInt[] granules"
+_GATHER = "int gather_dim, SymInt gather_outer, SymInt[] gather_sizes, SymInt[] gather_granules"
+_SCATTER = _GATHER.replace("gather", "scatter")
+Sizes: TypeAlias = list[int]
+
+
+@_op(f"shard(Tensor x, Tensor rank, {_LAYOUT}, str group) -> Tensor")
+def shard(
+    x: Tensor, rank: Tensor, dim: int, outer: int, sizes: Sizes, granules: Sizes, group: str
+) -> Tensor:
+    """My block of every segment, padded by repetition: `[B, S, C]` -> `[B, ceil(S/P), C]`.
+
+    `y_r = x[rows of r]`, without communication; backward `cat_r(g_r)`, the padding dropped.
+    """
+    return _Shard.run(x, rank, _layout(x, dim, outer, sizes, granules), group)
+
+
+@_op(f"all_gather(Tensor x, Tensor rank, {_LAYOUT}, str group) -> Tensor")
+def all_gather(
+    x: Tensor, rank: Tensor, dim: int, outer: int, sizes: Sizes, granules: Sizes, group: str
+) -> Tensor:
+    """The whole from every rank's part, without padding: `[B, ceil(S/P), C]` -> `[B, S, C]`.
+
+    `y = cat_r(x_r)`; backward `g[rows of r]`, 0 at padding: g is the full gradient already.
+    """
+    layout = _layout(x, dim, outer, sizes, granules, _group_size(group))
+    return _AllGather.run(x, rank, layout, group)
+
+
+@_op(f"all_to_all(Tensor x, {_GATHER}, {_SCATTER}, str group) -> Tensor")
+def all_to_all(
+    x: Tensor,
+    gather_dim: int,
+    gather_outer: int,
+    gather_sizes: Sizes,
+    gather_granules: Sizes,
+    scatter_dim: int,
+    scatter_outer: int,
+    scatter_sizes: Sizes,
+    scatter_granules: Sizes,
+    group: str,
+) -> Tensor:
+    """Move the shard to another dimension: `[B, H, ceil(S/P), D]` -> `[B, ceil(H/P), S, D]`.
+
+    `y_r = cat_s(x_s[.., r])` without the padding of the gathered dimension; the scattered one is
+    padded by repetition. Backward is the exchange back, 0 at padding (Jacobs et al. 2023).
+    """
+    parts = _group_size(group)
+    gather = _layout(x, gather_dim, gather_outer, gather_sizes, gather_granules, parts)
+    scatter = _layout(x, scatter_dim, scatter_outer, scatter_sizes, scatter_granules)
+    _check_distinct(x, gather.dim, scatter.dim)
+    return _AllToAll.run(x, gather, scatter, group)
+
+
+@_op("all_reduce(Tensor x, str kind, str group) -> Tensor")
+def all_reduce(x: Tensor, kind: str, group: str) -> Tensor:
+    """The sum, max or min over ranks of tensors of one shape: a Partial made Replicated.
+
+    Sum: `y = sum_r(x_r)`, in float32 for half types; backward `g` (Korthikanti et al. 2022). Max
+    and min: backward `g / n` where `x_r = y`, else 0; n ranks have `x_r = y`. Refuses what no
+    transport adds (int16, float8; a sum of bool).
+    """
+    if kind not in ("sum", "max", "min"):
+        raise SequenceParallelError(f"unknown kind of reduction {kind!r}; use sum, max or min")
+    return _Sum.run(x, group) if kind == "sum" else _Extremum.run(x, kind, group)
+
+
+@_op("replicate(Tensor x, str group) -> Tensor")
+def replicate(x: Tensor, group: str) -> Tensor:
+    """A replicated value on its way into sharded work: `y = x`, a view.
+
+    Backward `sum_r(g_r)`, in float32 for half types (Korthikanti et al. 2022).
+    """
+    return _Replicate.run(x, group)
+
+
+@_op(f"mask_padding(Tensor x, Tensor rank, {_LAYOUT}, Scalar fill, str group) -> Tensor")
+def mask_padding(
+    x: Tensor,
+    rank: Tensor,
+    dim: int,
+    outer: int,
+    sizes: Sizes,
+    granules: Sizes,
+    fill: float,
+    group: str,
+) -> Tensor:
+    """`[B, ceil(S/P), C]` with `fill` at the padding: the neutral element of what reduces it.
+
+    `y_r = x_r` at real rows; backward g there and 0 at padding. No communication.
+    """
+    parts = _group_size(group)
+    layout = _layout(x, dim, outer, sizes, granules, parts)
+    _, real = _owned_rows(layout, rank, parts)
+    return _fill(x, layout.dim, real, fill)
+
+
+@_op("positions(Tensor rank, SymInt outer, SymInt[] sizes, SymInt[] granules, str group) -> Tensor")
+def positions(rank: Tensor, outer: int, sizes: Sizes, granules: Sizes, group: str) -> Tensor:
+    """The global row of every local row, int64 `[outer * local]`; padding repeats, as in `shard`."""
+    return _owned_rows(ShardedDim(0, outer, sizes, granules), rank, _group_size(group))[0]
+
+
+@_op(f"select_rows(Tensor x, Tensor rank, {_LAYOUT}, Tensor index, str group) -> Tensor")
+def select_rows(
+    x: Tensor,
+    rank: Tensor,
+    dim: int,
+    outer: int,
+    sizes: Sizes,
+    granules: Sizes,
+    index: Tensor,
+    group: str,
+) -> Tensor:
+    """Some global rows, on every rank: `[B, ceil(S/P), C]` and int64 `[n]` -> `[B, n, C]`.
+
+    `y = sum_r(x_r[row] if r owns it else 0)`: an all-reduce of n rows, never a gather. Negative
+    indices count from the end. Backward: g added to the rows that I own, no communication.
+    """
+    parts = _group_size(group)
+    layout = _layout(x, dim, outer, sizes, granules, parts)
+    wrapped = torch.where(index < 0, index + outer * layout.rows, index)
+    stored = _stored_rows(layout, parts, x.device).index_select(0, wrapped)
+    mine = stored // x.shape[layout.dim] == rank
+    row = torch.where(mine, stored % x.shape[layout.dim], 0)
+    return _SelectRows.run(x, layout.dim, row, mine, group)
+
+
+@_op(
+    f"all_to_all_kv(Tensor x, Tensor rank, {_GATHER}, int head_dim, int query_heads, str group)"
+    " -> Tensor"
+)
+def all_to_all_kv(
+    x: Tensor,
+    rank: Tensor,
+    gather_dim: int,
+    gather_outer: int,
+    gather_sizes: Sizes,
+    gather_granules: Sizes,
+    head_dim: int,
+    query_heads: int,
+    group: str,
+) -> Tensor:
+    """The KV head of each of my query heads: `[B, G, ceil(S/P), D]` -> `[B, ceil(H/P), S, D]`.
+
+    `y_r[j] = cat_s(x_s)[h // (H / G)]`, `h = min(r * ceil(H/P) + j, H - 1)`. Heads are repeated
+    after the exchange, which moves as many to each rank as the neediest needs. Backward sums over
+    the query heads of a KV head, padded ones dropped, and exchanges back with 0 at padding.
+    """
+    parts = _group_size(group)
+    gather = _layout(x, gather_dim, gather_outer, gather_sizes, gather_granules, parts)
+    dim = _dimension(x, head_dim)
+    _check_distinct(x, gather.dim, dim)
+    heads = _KVHeads(x.shape[dim], query_heads, parts)
+    if query_heads % heads.kv_heads:
+        raise SequenceParallelError(
+            f"{query_heads} query heads cannot share the {heads.kv_heads} KV heads in dimension "
+            f"{dim} of {list(x.shape)} evenly: give a multiple"
+        )
+    return _AllToAllKV.run(x, rank, gather, dim, heads, group)

@@ -1,0 +1,97 @@
+"""What the analyses hand over: attention sites, and the sharding plan. Frozen, and printed as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from .rule import OpSharding
+from .sharding import REPLICATED, Placement
+
+
+@dataclass(frozen=True)
+class SiteOperand:
+    """One operand of one node of a site, and the dimension of it that is the sequence."""
+
+    node: fx.Node
+    index: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention, however it is written. `nodes` are in the order of the graph; the last makes the output."""
+
+    nodes: tuple[fx.Node, ...]
+    query: SiteOperand
+    key: SiteOperand
+    value: SiteOperand
+
+    @property
+    def output(self) -> fx.Node:
+        return self.nodes[-1]
+
+
+@dataclass(frozen=True)
+class NodePlan:
+    """How one op runs, and what its consumers see."""
+
+    sharding: OpSharding | None
+    """None: on whole values."""
+    delivered: tuple[Placement, ...]
+    """The placement of each result after it went home."""
+    sources: Mapping[int, fx.Node] = field(default_factory=dict)
+    """Operands that are taken from another value: K and V before they were repeated for every query head."""
+
+    def operand(self, index: int) -> Placement:
+        """What the op needs of an operand."""
+        placement = self.sharding.operands[index] if self.sharding else None
+        return placement or REPLICATED
+
+    def results(self) -> tuple[Placement, ...]:
+        """What the op makes, before it goes home."""
+        return self.sharding.results if self.sharding else tuple(REPLICATED for _ in self.delivered)
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """How one attention site is made whole."""
+
+    site: AttentionSite
+    strategy: str
+    """`ulysses`, `all_gather_kv`, `local` or `replicate`."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """An op that ran on gathered values because nothing better was known."""
+
+    node: fx.Node
+    reason: str
+    bytes: int
+    """What each rank receives for it, in one forward."""
+
+
+@dataclass(frozen=True)
+class ShardingPlan:
+    """A placement for every value of a graph of `parts` ranks."""
+
+    parts: int
+    nodes: Mapping[fx.Node, NodePlan]
+    sites: tuple[SitePlan, ...]
+    fallbacks: tuple[Fallback, ...]
+
+    def placement(self, node: fx.Node) -> Placement:
+        """What the consumers of a single-result node see."""
+        plan = self.nodes.get(node)
+        return plan.delivered[0] if plan else REPLICATED
+
+    @property
+    def shards(self) -> bool:
+        """Whether anything is sharded at all."""
+        return any(plan.sharding is not None for plan in self.nodes.values())
+
+

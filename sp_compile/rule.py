@@ -1,0 +1,444 @@
+"""Op sharding rules: the loop factors of an op, and which dimension of each operand and result each one is.
+
+A rule reads like einsum (after Shardy's `OpShardingRule`):
+
+    linear                          "... i, o i, +o -> ... o"
+    scaled_dot_product_attention    "b h q d!, b h k! d!, b h k! v -> b h q v"
+    reshape [B, S, 12] to [B, S, 3, 4]    "b s (h d) -> b s h d"
+
+A factor on both sides is *pass-through*: shard it, and every rank runs the op on its rows. A factor on the left only is
+a *reduction*: the ranks hold terms of a sum. `!` is *need-replication*: the factor must be whole for the op to be right.
+`+` marks an additive operand, which a sum over ranks counts once; `~` one of which only dtype and device matter.
+A dimension may be several factors, `(g r)`, outermost first, or streams laid end to end, `[t | i]`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from .errors import RuleError
+from .sharding import (
+    REPLICATED,
+    GroupedHeads,
+    Layout,
+    Placement,
+    Segment,
+    Sharded,
+    Size,
+    exact_quotient,
+    product,
+    size_of,
+    whole_layout,
+)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Global shape and dtype of a tensor argument or result."""
+
+    shape: tuple[Size, ...]
+    dtype: torch.dtype
+    device: torch.device = torch.device("cpu")
+
+    @staticmethod
+    def of(value: torch.Tensor) -> TensorSpec:
+        return TensorSpec(tuple(size_of(s) for s in value.shape), value.dtype, value.device)
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """One call of an ATen overload as a rule sees it: arguments by schema name, tensors as `TensorSpec`s."""
+
+    target: torch._ops.OpOverload
+    arguments: Mapping[str, Any]
+    operands: tuple[TensorSpec, ...]
+    operand_names: tuple[str, ...]
+    """The schema argument that each operand belongs to; a tensor list gives its name once per tensor."""
+    results: tuple[TensorSpec | None, ...]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    @staticmethod
+    def of(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> OpCall:
+        """From values: tensors, fake tensors or numbers."""
+        arguments: dict[str, Any] = {}
+        for position, argument in enumerate(target._schema.arguments):
+            if position < len(args):
+                value = args[position]
+            elif argument.name in kwargs:
+                value = kwargs[argument.name]
+            else:
+                value = argument.default_value if argument.has_default_value() else None
+            arguments[argument.name] = pytree.tree_map_only(torch.Tensor, TensorSpec.of, value)
+        operands, names = [], []
+        for name, value in arguments.items():
+            for leaf in pytree.tree_leaves(value):
+                if isinstance(leaf, TensorSpec):
+                    operands.append(leaf)
+                    names.append(name)
+        outputs = result if isinstance(result, (tuple, list)) else (result,)
+        results = tuple(TensorSpec.of(out) if isinstance(out, torch.Tensor) else None for out in outputs)
+        return OpCall(target, arguments, tuple(operands), tuple(names), results)
+
+    @staticmethod
+    def of_node(node: fx.Node) -> OpCall:
+        """From a node of a captured graph."""
+        assert isinstance(node.target, torch._ops.OpOverload)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        return OpCall.of(node.target, args, kwargs, node.meta["val"])
+
+
+Factors = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A dimension made of streams laid end to end: what `cat` makes, and `split` and `slice` undo."""
+
+    streams: Factors
+
+
+Dim = Factors | Joined
+
+
+class LocalOp(Protocol):
+    """What a local body may use to write the op on one rank's rows into the graph."""
+
+    call: OpCall
+    args: tuple[Any, ...]
+    """The op's positional arguments, tensors already local."""
+    kwargs: dict[str, Any]
+    operands: tuple[Placement, ...]
+    """The placement of each operand, as in `call.operands`."""
+    results: tuple[Placement, ...]
+    parts: int
+    """P, the number of ranks."""
+    rng: str
+
+    def emit(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node: ...
+
+    def operand(self, index: int) -> fx.Node:
+        """The local value of operand `index`."""
+        ...
+
+    def size(self, size: Size) -> int | fx.Node:
+        """A size as an argument: itself, or a node that computes it."""
+        ...
+
+    def mask_padding(self, value: fx.Node, placement: Placement, fill: float | int) -> fx.Node:
+        """`value` with `fill` in the rows that are padding."""
+        ...
+
+    def all_reduce(self, value: fx.Node, kind: str = "sum") -> fx.Node: ...
+
+    def shard(self, value: fx.Node, placement: Sharded) -> fx.Node:
+        """This rank's block of a replicated value."""
+        ...
+
+    def positions(self, placement: Sharded) -> fx.Node:
+        """The global index of each local row, int64 `[local]`."""
+        ...
+
+    def select_rows(self, value: fx.Node, placement: Sharded, index: fx.Node) -> fx.Node:
+        """The rows with global `index` (int64 `[n]`) of a sharded value, replicated."""
+        ...
+
+    def rank(self) -> fx.Node:
+        """This rank's place in the group, int64 `[1]`."""
+        ...
+
+
+Body = Callable[[LocalOp], "fx.Node | tuple[fx.Node, ...]"]
+
+
+Cut = dict[str, Layout]
+"""The layout of each factor that is sharded: one, or all streams of one dimension."""
+
+
+@dataclass(frozen=True)
+class OpSharding:
+    """An op run on shards of one factor: what it takes and what it makes."""
+
+    factor: str
+    operands: tuple[Sharded | GroupedHeads | None, ...]
+    """None: the operand lacks the factor and is needed whole."""
+    results: tuple[Placement, ...]
+
+
+@dataclass(frozen=True)
+class OpShardingRule:
+    """The factors of one op call. See the module's docstring."""
+
+    operands: tuple[tuple[Dim, ...], ...]
+    results: tuple[tuple[Dim, ...], ...]
+    sizes: Mapping[str, Size]
+    need_replication: frozenset[str] = frozenset()
+    additive: frozenset[int] = frozenset()
+    metadata: frozenset[int] = frozenset()
+    movement: bool = False
+    """The op only moves rows: a view, an `expand`, a `repeat_interleave`."""
+    shape_argument: str | None = None
+    """The argument that repeats the shape of the result, and becomes local with it."""
+    bodies: Mapping[str, Body] = field(default_factory=dict)
+    """How the op runs on one rank when a factor is sharded, where calling it as it is would be wrong."""
+
+    def follow(self, operand: int, placements: Sequence[Placement]) -> OpSharding | None:
+        """The op on the shards that operand `operand` comes in, or None if it cannot run so."""
+        return self.run_on(self._cut(self.operands[operand], placements[operand], placements))
+
+    def follow_result(self, result: int, placement: Placement, placements: Sequence[Placement]) -> OpSharding | None:
+        """The op that makes result `result` with that placement, or None."""
+        return self.run_on(self._cut(self.results[result], placement, placements))
+
+    def shard_factor(self, factor: str, granule: Size = 1) -> OpSharding | None:
+        """The op on plain shards of one factor, `granule` rows staying together."""
+        return self.run_on(self._with_neighbours(factor, whole_layout(self.sizes[factor], granule), ()))
+
+    def carry(self, operand: int, placements: Sequence[Placement]) -> tuple[Placement, ...]:
+        """Where the results would sit had the op kept its operand's placement, need-replication or not."""
+        cut = self._mark(self.operands[operand], placements[operand], placements)
+        return tuple((cut and self._place(dims, cut)) or REPLICATED for dims in self.results)
+
+    def carry_back(self, result: int, placement: Placement) -> tuple[Sharded | None, ...]:
+        """Where each operand would sit for the result to have that placement, need-replication or not."""
+        cut = self._mark(self.results[result], placement, ())
+        return tuple(self._place(dims, cut) if cut else None for dims in self.operands)
+
+    def borrowable(self, operand: int) -> tuple[tuple[str, int], ...]:
+        """The (factor, dimension) pairs of an operand that pass through and are a dimension of their own there."""
+        return tuple(
+            (dim[0], index)
+            for index, dim in enumerate(self.operands[operand])
+            if isinstance(dim, tuple) and len(dim) == 1 and dim[0] not in self.need_replication and self._made(dim[0])
+        )
+
+    def _made(self, factor: str) -> bool:
+        return any(factor in factors_of(dim) for dims in self.results for dim in dims)
+
+    def run_on(self, cut: Cut | None) -> OpSharding | None:
+        """The op on the shards that a cut makes, or None if a rank's rows are not enough to run it."""
+        if not cut or not self.need_replication.isdisjoint(cut):
+            return None
+        factor = next(iter(cut))
+        if not any(self._made(each) or each in self.bodies for each in cut):
+            return None
+        operands = tuple(self._place(dims, cut) for dims in self.operands)
+        return OpSharding(factor, operands, tuple(self._place(dims, cut) or REPLICATED for dims in self.results))
+
+    def _cut(self, dims: tuple[Dim, ...], placement: Placement, placements: Sequence[Placement]) -> Cut | None:
+        """The factors that a placement of a tensor with these dimensions shards, each with its own layout."""
+        if not isinstance(placement, Sharded):
+            return None
+        dim = dims[placement.dim]
+        if isinstance(dim, Joined):
+            layouts = divide(placement.layout, [self.sizes[stream] for stream in dim.streams])
+            return dict(zip(dim.streams, layouts, strict=True)) if layouts else None
+        for at, factor in enumerate(dim):
+            layout = placement.layout.within(self._product(dim[:at]), self.sizes[factor], self._product(dim[at + 1 :]))
+            if layout is not None:
+                return self._with_neighbours(factor, layout, placements)
+        return None
+
+    def _mark(self, dims: tuple[Dim, ...], placement: Placement, placements: Sequence[Placement]) -> Cut | None:
+        """As `_cut`; streams whose boundaries are not those of the placement's segments are cut plainly."""
+        cut = self._cut(dims, placement, placements)
+        if cut is None and isinstance(placement, Sharded):
+            dim = dims[placement.dim]
+            if isinstance(dim, Joined):
+                return {stream: whole_layout(self.sizes[stream]) for stream in dim.streams}
+        return cut
+
+    def _with_neighbours(self, factor: str, layout: Layout, placements: Sequence[Placement]) -> Cut | None:
+        """Streams of one dimension are cut together: each as it comes, or plainly."""
+        cut = {factor: layout}
+        for dims in (*self.operands, *self.results):
+            for dim in dims:
+                if isinstance(dim, Joined) and factor in dim.streams:
+                    cut |= {each: whole_layout(self.sizes[each]) for each in dim.streams if each != factor}
+        for dims, placement in zip(self.operands, placements, strict=False):
+            if len(cut) > 1 and isinstance(placement, Sharded):
+                dim = dims[placement.dim]
+                if isinstance(dim, tuple) and len(dim) == 1 and dim[0] in cut:
+                    cut[dim[0]] = placement.layout
+        if len(cut) > 1 and any(each.outer != 1 for each in cut.values()):
+            return None
+        return cut
+
+    def _place(self, dims: tuple[Dim, ...], cut: Cut) -> Sharded | None:
+        for index, dim in enumerate(dims):
+            if isinstance(dim, Joined):
+                if all(stream in cut for stream in dim.streams):
+                    return Sharded(index, Layout(tuple(s for each in dim.streams for s in cut[each].segments)))
+                continue
+            for at, factor in enumerate(dim):
+                if factor in cut:
+                    scaled = cut[factor].scaled(self._product(dim[:at]), self._product(dim[at + 1 :]))
+                    return Sharded(index, scaled)
+        return None
+
+    def layout_within(self, dim: Factors, layout: Layout) -> Layout:
+        """The layout of a dimension whose last factor has this one."""
+        return layout.scaled(self._product(dim[:-1]), 1)
+
+    def _product(self, factors: Factors) -> Size:
+        return product([self.sizes[factor] for factor in factors])
+
+
+def divide(layout: Layout, sizes: Sequence[Size]) -> list[Layout] | None:
+    """Deal the segments of a layout to streams of these sizes; None where a boundary falls inside a segment."""
+    if not isinstance(layout.outer, int):
+        return None
+    streams, left = [], list(layout.segments * layout.outer)
+    for size in sizes:
+        taken: list[Segment] = []
+        while Layout(tuple(taken)).size != size:
+            if not left:
+                return None
+            taken.append(left.pop(0))
+        streams.append(Layout(tuple(taken)))
+    return None if left else streams
+
+
+def factors_of(dim: Dim) -> Factors:
+    """The factors of a dimension, streams included."""
+    return dim.streams if isinstance(dim, Joined) else dim
+
+
+@dataclass(frozen=True)
+class _Term:
+    """One operand or result of a rule's text."""
+
+    dims: tuple[str | tuple[str, ...], ...]
+    additive: bool
+    metadata: bool
+
+
+_TOKEN = re.compile(r"\.\.\.|\([a-z! ]*\)|[a-z]!?|1")
+
+
+def _parse_term(text: str, rule: str, flagged: set[str]) -> _Term:
+    body = text.strip()
+    additive, metadata = body.startswith("+"), body.startswith("~")
+    body = body.lstrip("+~")
+    dims: list[str | tuple[str, ...]] = []
+    rest = _TOKEN.sub("", body).strip()
+    if rest:
+        raise RuleError(
+            f"sharding rule {rule!r}: cannot read {rest!r} in {text.strip()!r}; a dimension is a letter, "
+            "`letter!`, `(a b)`, `...` or 1"
+        )
+    for token in _TOKEN.findall(body):
+        names = re.findall(r"[a-z]!?", token)
+        flagged |= {name[0] for name in names if name.endswith("!")}
+        if token == "...":
+            dims.append(token)
+        else:
+            dims.append(tuple(name[0] for name in names))
+    return _Term(tuple(dims), additive, metadata)
+
+
+def parse_rule(text: str, call: OpCall, **extra: Any) -> OpShardingRule:
+    """Read a rule and fit it to the shapes of one call.
+
+    Operands in the text stand for the tensor arguments of the op's schema, in order; arguments that are None are
+    passed over. Sizes come from the shapes; a dimension of size 1 where the factor is larger broadcasts: the operand
+    lacks the factor. Keyword arguments go to `OpShardingRule`.
+
+    Raises:
+        RuleError: the text does not parse, or does not fit the shapes.
+    """
+    left, arrow, right = text.partition("->")
+    if not arrow:
+        raise RuleError(f"sharding rule {text!r} has no '->'")
+    flagged: set[str] = set()
+    terms = [_parse_term(part, text, flagged) for part in left.split(",")]
+    made = [_parse_term(part, text, flagged) for part in right.split(",")]
+    names = [a.name for a in call.target._schema.arguments if "Tensor" in str(a.type)]
+    present = [term for term, name in zip(terms, names, strict=False) if name in call.operand_names]
+    results = [spec for spec in call.results if spec is not None]
+    if len(present) != len(call.operands) or len(made) != len(results):
+        raise RuleError(
+            f"sharding rule {text!r} has {len(terms)} operands and {len(made)} results; {call.target} was called with "
+            f"{len(call.operands)} tensors and gave {len(results)}"
+        )
+    bound = [
+        _expand_ellipsis(term, spec, text, call)
+        for term, spec in zip([*present, *made], [*call.operands, *results], strict=True)
+    ]
+    sizes = _solve_sizes(bound, text, call)
+    operands: list[tuple[Dim, ...]] = []
+    produced: list[tuple[Dim, ...]] = []
+    for index, (dims, spec) in enumerate(bound):
+        placed = tuple(
+            () if spec.shape[at] == 1 else tuple(f for f in dim if sizes[f] != 1) for at, dim in enumerate(dims)
+        )
+        (operands if index < len(present) else produced).append(placed)
+    return OpShardingRule(
+        tuple(operands),
+        tuple(produced),
+        sizes,
+        frozenset(flagged),
+        frozenset(i for i, term in enumerate(present) if term.additive),
+        frozenset(i for i, term in enumerate(present) if term.metadata),
+        **extra,
+    )
+
+
+Bound = tuple[tuple[Factors, ...], TensorSpec]
+
+
+def _expand_ellipsis(term: _Term, spec: TensorSpec, text: str, call: OpCall) -> Bound:
+    named = [dim for dim in term.dims if dim != "..."]
+    extra = len(spec.shape) - len(named)
+    if extra < 0 or (extra and "..." not in term.dims):
+        raise RuleError(
+            f"sharding rule {text!r} does not fit {call.target}: a shape of {len(spec.shape)} dimensions, "
+            f"{tuple(map(str, spec.shape))}, for {len(named)}"
+        )
+    dims: list[Factors] = []
+    for dim in term.dims:
+        if dim == "...":
+            dims.extend((f".{extra - index}",) for index in range(extra))
+        else:
+            dims.append(tuple(dim))
+    return tuple(dims), spec
+
+
+def _solve_sizes(bound: Sequence[Bound], text: str, call: OpCall) -> dict[str, Size]:
+    """The size of each factor, from the dimensions in which it is the only unknown."""
+    sizes: dict[str, Size] = {}
+    dims = [(dim, size) for factors, spec in bound for dim, size in zip(factors, spec.shape, strict=True)]
+    wanted = {factor for dim, _ in dims for factor in dim}
+    while True:
+        for dim, size in dims:
+            unknown = [factor for factor in dim if factor not in sizes]
+            if len(unknown) == 1 and (size != 1 or len(dim) > 1):
+                known = product([sizes[f] for f in dim if f in sizes])
+                quotient = exact_quotient(size, known)
+                if quotient is None:
+                    raise RuleError(
+                        f"sharding rule {text!r} does not fit {call.target}: {known} does not divide {size}"
+                    )
+                sizes[unknown[0]] = quotient
+                break
+        else:
+            break
+    ones = {factor for dim, size in dims if size == 1 for factor in dim}
+    sizes |= {factor: 1 for factor in ones if factor not in sizes}
+    if wanted - set(sizes):
+        raise RuleError(f"sharding rule {text!r}: nothing tells the size of {sorted(wanted - set(sizes))}")
+    for dim, size in dims:
+        if size != 1 and dim and product([sizes[f] for f in dim]) != size:
+            raise RuleError(
+                f"sharding rule {text!r} does not fit {call.target}: {' '.join(dim)} is "
+                f"{product([sizes[f] for f in dim])} in one place and {size} in another"
+            )
+    return sizes

@@ -1,0 +1,110 @@
+"""Fused attention: `b h q d!, b h k! d!, b h k! v -> b h q v`; with grouped KV heads q is `b (g r) q d!`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ..rule import Body, Dim, LocalOp, OpCall, OpShardingRule
+from ..sharding import Sharded, Size, exact_quotient
+from .dims import fit
+from .registry import rule
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class AttentionRoles:
+    """Which operand of a fused attention op is which, and the names of its factors."""
+
+    query: int = 0
+    key: int = 1
+    value: int = 2
+    query_length: str = "q"
+    key_length: str = "k"
+
+
+ATTENTION = {aten.scaled_dot_product_attention.default: AttentionRoles()}
+
+
+def is_attention(target: object) -> bool:
+    """Whether an op is a fused attention, with roles in `ATTENTION`."""
+    return target in ATTENTION
+
+
+@rule(aten.scaled_dot_product_attention.default)
+def attention_rule(call: OpCall) -> OpShardingRule | None:
+    """Batch, heads and queries pass; keys and the head dimension of q and k have to be whole.
+
+    None with active dropout: its mask would be the same on every rank. Decomposed, it is an `aten.dropout`.
+    """
+    result = call.results[0]
+    if result is None or call["dropout_p"] != 0:
+        return None
+    query, key, value = (spec.shape for spec in call.operands[:3])
+    lead = len(result.shape) - 2
+    heads = _heads(call, query, key, value)
+    if heads is None:
+        return None
+    sizes: dict[str, Size] = {"q": query[-2], "k": key[-2], "d": query[-1], "v": value[-1]}
+    outer = [f"b{at}" for at in range(lead - 1)]
+    sizes |= dict(zip(outer, result.shape, strict=False))
+    names = [*((name,) for name in outer), *heads[0][-lead:]] if lead else []
+    grouped = [*((name,) for name in outer), *heads[1][-lead:]] if lead else []
+    sizes |= heads[2]
+
+    def dims(shape: Sequence[Size], lead_names: Sequence[tuple[str, ...]], *last: str) -> list[Dim]:
+        """Aligned at the right; a dimension of size 1 broadcasts, or has nothing to shard."""
+        named = [*lead_names, *((name,) for name in last)][-len(shape) :] if shape else []
+        return [dim if size != 1 else () for dim, size in zip(named, shape, strict=True)]
+
+    operands = [dims(query, names, "q", "d"), dims(key, grouped, "k", "d"), dims(value, grouped, "k", "v")]
+    operands += [dims(mask.shape, names, "q", "k") for mask in call.operands[3:]]
+    rule = fit(call, operands, [dims(result.shape, names, "q", "v")], sizes, need_replication=frozenset("kd"))
+    fits = all(
+        size == 1 or size == _size(rule, dim)
+        for spec, own in zip(call.operands, operands, strict=True)
+        for dim, size in zip(own, spec.shape, strict=True)
+    )
+    if not fits:
+        return None
+    bodies: dict[str, Body] = {"q": _causal} if call["is_causal"] else {}
+    return fit(call, operands, rule.results, sizes, need_replication=rule.need_replication, bodies=bodies)
+
+
+def _heads(
+    call: OpCall, query: Sequence[Size], key: Sequence[Size], value: Sequence[Size]
+) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]], dict[str, Size]] | None:
+    """The factors of the heads of q and of k and v, and their sizes; None if they do not fall into groups."""
+    if len(query) < 3 or not call["enable_gqa"] or query[-3] == key[-3] or key[-3] == 1:
+        size = next((shape[-3] for shape in (query, key, value) if len(shape) > 2 and shape[-3] != 1), 1)
+        return [("h",)], [("h",)], {"h": size}
+    ratio = exact_quotient(query[-3], key[-3])
+    if ratio is None or key[-3] != value[-3]:
+        return None
+    return [("g", "r")], [("g",)], {"g": key[-3], "r": ratio}
+
+
+def _size(rule: OpShardingRule, dim: Dim) -> Size:
+    assert isinstance(dim, tuple)
+    total: Size = 1
+    for factor in dim:
+        total = total * rule.sizes[factor]
+    return total
+
+
+def _causal(local: LocalOp) -> fx.Node:
+    """Causal attention for the queries of one rank: row i sees the keys up to its global position."""
+    call, placement = local.call, local.operands[0]
+    assert isinstance(placement, Sharded)
+    rows = local.emit(aten.unsqueeze.default, local.positions(placement), 1)
+    size = local.size(call.operands[1].shape[-2])
+    columns = local.emit(aten.arange.default, size, dtype=torch.int64, device=call.operands[0].device)
+    mask = local.emit(aten.ge.Tensor, rows, columns)
+    query, key, value = (local.operand(index) for index in range(3))
+    return local.emit(
+        call.target, query, key, value, mask, 0.0, False, scale=call["scale"], enable_gqa=call["enable_gqa"]
+    )

@@ -1,0 +1,195 @@
+"""Reductions. Over a sharded dimension each rank reduces its own rows, and the ranks' results are reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import fx
+
+from ..rule import Body, Dim, LocalOp, OpCall, OpShardingRule
+from ..sharding import Placement, product, size_of
+from .dims import fit, plain, wrap
+from .registry import rule
+
+aten = torch.ops.aten
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def reduction_rule(call: OpCall, dims: Sequence[int], keepdim: bool, body: Body | None) -> OpShardingRule:
+    """`... s -> ...`: without a body the reduced dimensions have to be whole."""
+    named = plain(call.operands[0].shape)
+    kept: list[Dim] = [() if at in dims else dim for at, dim in enumerate(named) if keepdim or at not in dims]
+    whole = frozenset(f"d{at}" for at in (() if body else dims))
+    bodies = {f"d{at}": body for at in dims} if body else {}
+    return fit(call, [named], [kept] * len(call.results), need_replication=whole, bodies=bodies)
+
+
+def masked_sum(
+    local: LocalOp,
+    value: fx.Node,
+    placement: Placement,
+    dims: Sequence[int],
+    keepdim: bool,
+    dtype: torch.dtype,
+) -> fx.Node:
+    """The sum over `dims`, one of them sharded, of what is not padding."""
+    masked = local.mask_padding(value, placement, 0)
+    return local.all_reduce(local.emit(aten.sum.dim_IntList, masked, list(dims), keepdim, dtype=dtype))
+
+
+def _reduced(call: OpCall) -> tuple[tuple[int, ...], bool, torch.dtype]:
+    """The reduced dimensions, whether they stay as 1, and the dtype of the result."""
+    result = call.results[0]
+    assert result is not None
+    dims = wrap(call.arguments.get("dim"), len(call.operands[0].shape))
+    return dims, bool(call.arguments.get("keepdim")), result.dtype
+
+
+@rule(aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default)
+def sum_rule(call: OpCall) -> OpShardingRule | None:
+    """Half types are summed in float32; a mean divides by the global count."""
+    dims, keepdim, dtype = _reduced(call)
+    wide = torch.float32 if dtype in HALF else dtype
+    mean = call.target in (aten.mean.dim, aten.mean.default)
+
+    def body(local: LocalOp) -> fx.Node:
+        total = masked_sum(local, local.operand(0), local.operands[0], dims, keepdim, wide)
+        if mean:
+            count = local.size(product([call.operands[0].shape[at] for at in dims]))
+            total = local.emit(aten.div.Tensor, total, count)
+        return local.emit(aten._to_copy.default, total, dtype=dtype) if wide != dtype else total
+
+    return reduction_rule(call, dims, keepdim, body)
+
+
+def _lowest(dtype: torch.dtype) -> float:
+    return -float("inf") if dtype.is_floating_point else torch.iinfo(dtype).min
+
+
+def _highest(dtype: torch.dtype) -> float:
+    return float("inf") if dtype.is_floating_point else torch.iinfo(dtype).max
+
+
+@rule(aten.amax.default, aten.max.default, aten.amin.default, aten.min.default)
+def extremum_rule(call: OpCall) -> OpShardingRule | None:
+    dims, keepdim, dtype = _reduced(call)
+    if dtype == torch.bool or dtype.is_complex:
+        return reduction_rule(call, dims, keepdim, None)
+    largest = call.target in (aten.amax.default, aten.max.default)
+    reduce, beaten = (aten.amax.default, aten.lt.Tensor) if largest else (aten.amin.default, aten.gt.Tensor)
+    fill = _lowest(dtype) if largest else _highest(dtype)
+
+    def body(local: LocalOp) -> fx.Node:
+        value = local.operand(0)
+        padded = local.mask_padding(local.emit(aten.detach.default, value), local.operands[0], fill)
+        extremum = local.all_reduce(local.emit(reduce, padded, dims, True), "max" if largest else "min")
+        if dtype.is_floating_point:
+            extremum = _with_gradient(local, value, extremum, beaten, dims)
+        return extremum if keepdim else local.emit(aten.squeeze.dims, extremum, dims)
+
+    return reduction_rule(call, dims, keepdim, body)
+
+
+def _with_gradient(
+    local: LocalOp,
+    value: fx.Node,
+    extremum: fx.Node,
+    beaten: Callable[..., object],
+    dims: Sequence[int],
+) -> fx.Node:
+    """`extremum`, whose gradient goes in equal parts to all rows that attain it, on whichever rank they are.
+
+    Adds `sum(x - x.detach()) / count` over those rows: 0, or nan where there is a nan. An infinite row has no part.
+    """
+    placement = local.operands[0]
+    frozen = local.emit(aten.detach.default, value)
+    lost = local.emit(beaten, frozen, extremum)
+    infinite = local.emit(aten.isinf.default, frozen)
+    difference = local.emit(
+        aten.masked_fill.Scalar,
+        local.emit(aten.sub.Tensor, value, frozen),
+        local.emit(aten.logical_or.default, lost, infinite),
+        0,
+    )
+    total = local.emit(aten.sum.dim_IntList, local.mask_padding(difference, placement, 0), dims, True)
+    attained = local.mask_padding(local.emit(aten.logical_not.default, lost), placement, 0)
+    dtype = local.call.operands[0].dtype
+    wide = torch.float32 if dtype in HALF else dtype
+    count = local.emit(aten.sum.dim_IntList, attained, dims, True, dtype=wide)
+    sums = local.all_reduce(local.emit(aten.stack.default, [local.emit(aten.to.dtype, total, wide), count]))
+    share = local.emit(
+        aten.div.Tensor,
+        local.emit(aten.select.int, sums, 0, 0),
+        local.emit(aten.detach.default, local.emit(aten.select.int, sums, 0, 1)),
+    )
+    return local.emit(aten.add.Tensor, extremum, local.emit(aten.to.dtype, share, dtype))
+
+
+@rule(aten.var.correction, aten.std.correction)
+def variance_rule(call: OpCall) -> OpShardingRule | None:
+    """The mean first, then the mean square of what differs from it: exact where `E[x^2] - E[x]^2` cancels.
+
+    The mean needs no gradient: the sum of `x - mean` is 0.
+    """
+    dims, keepdim, dtype = _reduced(call)
+    if dtype.is_complex:
+        return reduction_rule(call, dims, keepdim, None)
+    wide = torch.float32 if dtype in HALF else dtype
+    correction = 1 if call["correction"] is None else call["correction"]
+
+    def body(local: LocalOp) -> fx.Node:
+        value, placement = local.emit(aten.to.dtype, local.operand(0), wide), local.operands[0]
+        size = product([call.operands[0].shape[at] for at in dims])
+        total = masked_sum(local, local.emit(aten.detach.default, value), placement, dims, True, wide)
+        mean = local.emit(aten.div.Tensor, total, local.size(size))
+        square = local.emit(aten.pow.Tensor_Scalar, local.emit(aten.sub.Tensor, value, mean), 2)
+        spread = masked_sum(local, square, placement, dims, keepdim, wide)
+        variance = local.emit(aten.div.Tensor, spread, local.size(size_of(size - correction)))
+        made = local.emit(aten.sqrt.default, variance) if call.target is aten.std.correction else variance
+        return local.emit(aten.to.dtype, made, dtype)
+
+    return reduction_rule(call, dims, keepdim, body)
+
+
+@rule(aten.logsumexp.default)
+def logsumexp_rule(call: OpCall) -> OpShardingRule | None:
+    dims, keepdim, dtype = _reduced(call)
+    wide = torch.float32 if dtype in HALF else dtype
+    if not call.operands[0].dtype.is_floating_point:
+        return reduction_rule(call, dims, keepdim, None)
+
+    def body(local: LocalOp) -> fx.Node:
+        value, placement = local.emit(aten.to.dtype, local.operand(0), wide), local.operands[0]
+        padded = local.mask_padding(local.emit(aten.detach.default, value), placement, -float("inf"))
+        highest = local.all_reduce(local.emit(aten.amax.default, padded, dims, True), "max")
+        shift = local.emit(aten.masked_fill.Scalar, highest, local.emit(aten.isinf.default, highest), 0)
+        powers = local.emit(aten.exp.default, local.emit(aten.sub.Tensor, value, shift))
+        total = masked_sum(local, powers, placement, dims, keepdim, wide)
+        back = shift if keepdim else local.emit(aten.squeeze.dims, shift, dims)
+        made = local.emit(aten.add.Tensor, local.emit(aten.log.default, total), back)
+        return local.emit(aten.to.dtype, made, dtype)
+
+    return reduction_rule(call, dims, keepdim, body)
+
+
+@rule(
+    aten.all.default,
+    aten.all.dim,
+    aten.all.dims,
+    aten.any.default,
+    aten.any.dim,
+    aten.any.dims,
+    aten.argmax.default,
+    aten.argmin.default,
+    aten.max.dim,
+    aten.min.dim,
+    aten.prod.default,
+    aten.prod.dim_int,
+    aten.linalg_vector_norm.default,
+)
+def whole_reduction_rule(call: OpCall) -> OpShardingRule | None:
+    """What is reduced has to be whole."""
+    dims, keepdim, _ = _reduced(call)
+    return reduction_rule(call, dims, keepdim, None)

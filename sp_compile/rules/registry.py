@@ -1,0 +1,67 @@
+"""The table of rules. A family file fills it with `@rule(overload, ...)` functions or `rules_from_text({...})`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch._ops import OpOverload, OpOverloadPacket
+
+from ..errors import RuleError
+from ..rule import OpCall, OpShardingRule, parse_rule
+
+RuleFunction = Callable[[OpCall], OpShardingRule | None]
+"""None: this call (by its arguments) has no rule; the op is need-replication in every factor."""
+
+_RULES: dict[OpOverload, RuleFunction] = {}
+
+
+def rule(*targets: OpOverload) -> Callable[[RuleFunction], RuleFunction]:
+    """Register a function from a call to its rule."""
+
+    def register(function: RuleFunction) -> RuleFunction:
+        for target in targets:
+            if target in _RULES:
+                raise RuleError(f"{target} has a sharding rule already")
+            _RULES[target] = function
+        return function
+
+    return register
+
+
+def rules_from_text(table: Mapping[OpOverload, str]) -> None:
+    """Register rules that do not depend on the call's arguments."""
+    for target, text in table.items():
+        rule(target)(_from_text(text))
+
+
+def _from_text(text: str) -> RuleFunction:
+    return lambda call: parse_rule(text, call)
+
+
+def has_rule(target: OpOverload) -> bool:
+    """Whether an overload may be sharded; pointwise ops are known by their tag."""
+    return target in _RULES or torch.Tag.pointwise in target.tags
+
+
+def rule_for(call: OpCall) -> OpShardingRule | None:
+    """The rule of one call, or None if it has to run on whole values."""
+    if call.target._schema.is_mutable or any(size == 0 for spec in call.operands for size in spec.shape):
+        return None
+    function = _RULES.get(call.target)
+    if function is None and torch.Tag.pointwise in call.target.tags:
+        function = _RULES[torch.ops.aten.add.Tensor]
+    return function(call) if function else None
+
+
+def register_sharding_rule(op: OpOverload | OpOverloadPacket, text: str) -> None:
+    """Tell how an op of your own may be sharded.
+
+    `register_sharding_rule(torch.ops.mylib.scan, "b s! c, c -> b s! c")` says that the op runs right on a slice of its
+    batch or channels, but needs the sequence `s` whole. See `sp_compile.rule` for the notation.
+
+    Raises:
+        RuleError: the op has a rule already, or the text does not parse.
+    """
+    overload = op.default if isinstance(op, OpOverloadPacket) else op
+    rule(overload)(_from_text(text))

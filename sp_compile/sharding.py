@@ -1,0 +1,170 @@
+"""Placements: what each rank of a sequence-parallel group holds of one value; and their block arithmetic.
+
+`Sharded(dim, Layout(segments, outer))` reads dimension `dim` as `(outer, s)`, where `s` is a row of segments.
+Each segment is cut in P blocks of `granule * ceil(size / (granule * P))` rows and a rank holds its block of every
+segment, in order. Five rows on two ranks, granule 1 (`.` is padding, a repetition of the last granule):
+
+    global    0 1 2 3 4
+    rank 0    0 1 2
+    rank 1    3 4 .
+
+After `[S, B, C] -> [S*B, C]` the granule is B, for the B rows of one token stay together; after `[B, S, C] -> [B*S, C]`
+`outer` is B. Two streams laid end to end by `cat` are two segments, and stay where they were.
+
+Sizes are ints, or sympy expressions of Dynamo's symbols: nothing here ever asks whether P divides a size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import sympy
+import torch
+from torch.utils._sympy.functions import FloorDiv
+
+Size: TypeAlias = int | sympy.Expr
+
+
+def size_of(value: int | torch.SymInt | sympy.Expr) -> Size:
+    """The size as a plain int, or as a sympy expression if it is symbolic; comparing those adds no guard."""
+    if isinstance(value, int):
+        return value
+    expr = value.node.expr if isinstance(value, torch.SymInt) else value
+    return int(expr) if expr.is_Integer else expr
+
+
+def product(sizes: Sequence[Size]) -> Size:
+    """The product of some sizes; 1 for none."""
+    total: Size = 1
+    for size in sizes:
+        total = size_of(total * size)
+    return total
+
+
+def exact_quotient(size: Size, divisor: Size) -> Size | None:
+    """`size / divisor` if it is known to be whole for every value of the symbols, else None."""
+    if isinstance(size, int) and isinstance(divisor, int):
+        return size // divisor if divisor and size % divisor == 0 else None
+    quotient = sympy.cancel(sympy.sympify(size) / sympy.sympify(divisor))
+    if not quotient.is_integer:
+        return None
+    return size_of(quotient)
+
+
+def block_rows(size: int, granule: int, parts: int) -> int:
+    """Rows of a segment that one of `parts` ranks holds, padding included: `granule * ceil(size / (granule * parts))`.
+
+    Takes ints and `torch.SymInt`s alike, without a guard.
+    """
+    return granule * ((size + granule * parts - 1) // (granule * parts))
+
+
+def block_size(size: Size, granule: Size, parts: int) -> Size:
+    """`block_rows` on the planner's sizes."""
+    if isinstance(size, int) and isinstance(granule, int):
+        return block_rows(size, granule, parts)
+    return size_of(granule * FloorDiv(size + granule * parts - 1, granule * parts))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One stream along a sharded dimension: `size` rows, of which `granule` in a row stay on one rank."""
+
+    size: Size
+    granule: Size = 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of one dimension (or of one factor of it) lie on the ranks: `(outer, segments end to end)`."""
+
+    segments: tuple[Segment, ...]
+    outer: Size = 1
+
+    @property
+    def size(self) -> Size:
+        """The global size, `outer` included."""
+        return product([self.outer, size_of(sympy.Add(*(s.size for s in self.segments)))])
+
+    def local_size(self, parts: int) -> Size:
+        """The size on each of `parts` ranks, padding included."""
+        blocks = [block_size(segment.size, segment.granule, parts) for segment in self.segments]
+        return product([self.outer, size_of(sympy.Add(*blocks))])
+
+    def scaled(self, left: Size, right: Size) -> Layout:
+        """The layout of `(left this right)`, this being one factor of a larger dimension."""
+        segments = tuple(Segment(product([s.size, right]), product([s.granule, right])) for s in self.segments)
+        return Layout(segments, product([left, self.outer]))
+
+    def within(self, left: Size, size: Size, right: Size) -> Layout | None:
+        """The inverse of `scaled`: the layout of the middle factor, or None where block boundaries do not agree."""
+        outer = exact_quotient(self.outer, left)
+        if outer is None:
+            return None
+        segments = []
+        for segment in self.segments:
+            rows, granule = exact_quotient(segment.size, right), exact_quotient(segment.granule, right)
+            if rows is None or granule is None:
+                return None
+            segments.append(Segment(rows, granule))
+        layout = Layout(tuple(segments), outer)
+        return layout if layout.size == size else None
+
+    def __str__(self) -> str:
+        rows = "+".join(str(s.size) if s.granule == 1 else f"{s.size}/{s.granule}" for s in self.segments)
+        return rows if self.outer == 1 else f"{self.outer}x({rows})"
+
+
+def whole_layout(size: Size, granule: Size = 1) -> Layout:
+    """The plain layout: one segment."""
+    return Layout((Segment(size, granule),))
+
+
+@dataclass(frozen=True)
+class Replicated:
+    """Every rank holds the whole value, and the same one."""
+
+    def __str__(self) -> str:
+        return "R"
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """Each rank holds its block of every segment of dimension `dim`, padded by repeating the last granule."""
+
+    dim: int
+    layout: Layout
+
+    def __str__(self) -> str:
+        return f"S({self.dim}: {self.layout})"
+
+
+@dataclass(frozen=True)
+class GroupedHeads:
+    """Each rank holds one KV head for every query head of its block (`dim` has `query_heads` heads in all).
+
+    What a site needs of K and V whose heads do not fall into P equal groups: 6 query heads on 2 KV heads and 4 ranks
+    read the KV heads `[0 0] [0 1] [1 1] [1 .]`.
+    """
+
+    dim: int
+    query_heads: int
+
+    def __str__(self) -> str:
+        return f"G({self.dim}: {self.query_heads})"
+
+
+Placement: TypeAlias = Replicated | Sharded | GroupedHeads
+REPLICATED = Replicated()
+
+
+def local_shape(shape: Sequence[Size], placement: Placement, parts: int) -> tuple[Size, ...]:
+    """The shape on each of `parts` ranks of a value of global `shape`."""
+    sizes = list(shape)
+    if isinstance(placement, Sharded):
+        sizes[placement.dim] = placement.layout.local_size(parts)
+    elif isinstance(placement, GroupedHeads):
+        sizes[placement.dim] = block_size(placement.query_heads, 1, parts)
+    return tuple(sizes)

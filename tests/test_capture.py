@@ -1,0 +1,441 @@
+"""capture: the bare ATen graph, run eagerly, does what the model does: values, gradients, buffers,
+updated inputs and the state of the random generator."""
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.fx import GraphModule
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint
+
+from sp_compile.capture import CapturedGraph, capture, user_line
+from sp_compile.errors import CaptureError
+
+aten = torch.ops.aten
+WHOLE = {
+    aten.linear.default,
+    aten.layer_norm.default,
+    aten.scaled_dot_product_attention.default,
+    aten.matmul.default,
+    aten.cross_entropy_loss.default,
+    aten.dropout.default,
+    aten.softmax.int,
+    aten.embedding.default,
+    aten.gelu.default,
+    aten.conv2d.default,
+}
+Step = tuple[list[Any], list[Any], list[Any], list[Any]]
+
+
+class Program(nn.Module):
+    """`f(modules, *inputs)` as a module."""
+
+    def __init__(self, f: Callable[..., Any], *modules: nn.Module) -> None:
+        super().__init__()
+        self.f, self.parts = f, nn.ModuleList(modules)
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.f(self.parts, *inputs)
+
+
+def one_step(model: nn.Module, call: Callable[..., Any], inputs: Any, labels: Any) -> Step:
+    """Outputs, gradients, buffers and updated inputs after one forward and backward."""
+    torch.manual_seed(0)
+    leaves = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
+    used = [x * 1 if x.is_floating_point() else x.clone() for x in leaves]
+    outputs = call(*used, **labels)
+    flat = [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
+    weighted = [
+        (x.float() * torch.linspace(0.5, 1, x.numel()).view(x.shape)).sum()
+        for x in flat
+        if x.requires_grad
+    ]
+    if weighted:
+        torch.stack(weighted).sum().backward()
+    gradients = [x.grad for x in (*model.parameters(), *leaves)]
+    return flat, gradients, [*model.buffers(), torch.get_rng_state()], used
+
+
+def run(
+    model: nn.Module,
+    *inputs: Tensor,
+    dynamic: bool | None = None,
+    tolerance: float = 1e-5,
+    change: Callable[[GraphModule], None] = lambda gm: None,
+    **labels: Any,
+) -> list[CapturedGraph]:
+    """Compare the model with its captured graphs (through `change`), and return those."""
+    captured: list[CapturedGraph] = []
+
+    def backend(gm: GraphModule, example_inputs: list[Any]) -> GraphModule:
+        captured.append(capture(gm, example_inputs, WHOLE.__contains__))
+        change(captured[-1].graph_module)
+        captured[-1].graph_module.recompile()
+        return captured[-1].graph_module
+
+    torch._dynamo.reset()
+    twin = copy.deepcopy(model)
+    expected = one_step(model, model, inputs, labels)
+    actual = one_step(twin, torch.compile(twin, backend=backend, dynamic=dynamic), inputs, labels)
+    for of_model, of_graph in zip(expected, actual, strict=True):
+        for a, b in zip(of_model, of_graph, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
+    assert captured
+    for graph in captured:
+        assert_canonical(graph)
+    return captured
+
+
+def assert_canonical(captured: CapturedGraph) -> None:
+    graph = captured.graph_module.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    written = []
+    for node in graph.find_nodes(op="call_function", target=aten.copy_.default):
+        written.append(placeholders.index(node.args[0]))
+    assert tuple(written) == captured.mutated_inputs
+    for node, value in zip(placeholders, captured.inputs, strict=True):
+        assert node.meta["val"] is value
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload):
+            assert "val" in node.meta and "view" not in node.target.name().split("::")[1].split("_")
+            assert not node.target._schema.is_mutable or node.target is aten.copy_.default
+
+
+def targets(captured: CapturedGraph) -> list[Any]:
+    return [node.target for node in captured.graph_module.graph.nodes]
+
+
+def linear() -> nn.Linear:
+    torch.manual_seed(1)
+    return nn.Linear(6, 6)
+
+
+def matrix(*shape: int) -> Tensor:
+    torch.manual_seed(2)
+    return torch.randn(shape or (6, 6), requires_grad=True)
+
+
+def writes_to_views(m: Any, x: Tensor) -> Any:
+    y = m[0](x)
+    y[:, 1:3] = y[:, :2] * 2
+    y.masked_fill_(y > 1, 0.5)
+    y.index_put_((torch.tensor([0, 1]),), y[2:4] * 3)
+    y[0].copy_(x[1])
+    y.diagonal().zero_()
+    return y.view(-1), y.t().relu_()
+
+
+def writes_to_its_input(m: Any, x: Tensor) -> Any:
+    before = x + 3
+    x.mul_(2)
+    return x, before, m[0](x)
+
+
+def without_gradient(m: Any, x: Tensor) -> Tensor:
+    y = m[0](x)
+    with torch.no_grad():
+        z = m[1](y)
+    return y * z
+
+
+def in_autocast(m: Any, x: Tensor) -> Any:
+    with torch.autocast("cpu", torch.bfloat16):
+        y = m[0](x)
+        with torch.autocast("cpu", enabled=False):
+            z = m[1](y.float())
+        rows = torch.zeros(6, 6, dtype=y.dtype)
+        rows[torch.tensor([0, 1])] = y[:2]
+        return y, z, rows, F.cosine_similarity(y, y + 1), F.mse_loss(y, z)
+
+
+def checkpointed(m: Any, x: Tensor) -> Tensor:
+    return checkpoint(lambda t: m[1](F.dropout(m[0](t), 0.2).sin()), x, use_reentrant=False)
+
+
+def in_place_after_dropout(m: Any, x: Tensor) -> Any:
+    y = m[0](x)
+    return F.dropout(y, 0.5, training=False).add_(1), F.dropout(y, 0.5).mul_(2), y
+
+
+def draws(m: Any, x: Tensor) -> Tensor:
+    torch.rand(3)  # dead, and still drawn
+    noise = torch.empty(6, 6).uniform_() + torch.zeros(6, 6).bernoulli_(0.3)
+    return F.dropout1d(m[0](x)[None], 0.3) + F.gumbel_softmax(m[0](x)) * noise
+
+
+def buffer_update(m: Any, x: Tensor) -> Tensor:
+    m[0].weight_sum.add_(x.detach().sum(0))
+    return m[0](x) * m[0].weight_sum
+
+
+def with_buffer() -> nn.Module:
+    module = linear()
+    module.register_buffer("weight_sum", torch.ones(6))
+    return module
+
+
+def attention(m: Any, x: Tensor) -> Any:
+    return m[0](x, x, x)
+
+
+LABELS = torch.tensor([0, 1, 2, -100, 3, 4])
+PROGRAMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (lambda: nn.Sequential(linear(), nn.GELU(), nn.LayerNorm(6), linear()), (6, 6)),
+    "batch_norm": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)),
+        (2, 3, 5, 5),
+    ),
+    "tied": (lambda: Program(lambda m, x: F.linear(m[0](x).sin(), m[0].weight), linear()), (6, 6)),
+    "views": (lambda: Program(writes_to_views, linear()), (6, 6)),
+    "input": (lambda: Program(writes_to_its_input, linear()), (6, 6)),
+    "buffer": (lambda: Program(buffer_update, with_buffer()), (6, 6)),
+    "no_grad": (lambda: Program(without_gradient, linear(), linear()), (6, 6)),
+    "autocast": (lambda: Program(in_autocast, linear(), linear()), (6, 6)),
+    "checkpoint": (lambda: Program(checkpointed, linear(), linear()), (6, 6)),
+    "cross_entropy": (
+        lambda: Program(lambda m, x: F.cross_entropy(m[0](x), LABELS), linear()),
+        (6, 6),
+    ),
+    "dropout": (lambda: Program(in_place_after_dropout, linear()), (6, 6)),
+    "draws": (lambda: Program(draws, linear()), (6, 6)),
+    "attention": (lambda: Program(attention, nn.MultiheadAttention(6, 2, 0.1)), (5, 2, 6)),
+    "encoder": (lambda: nn.TransformerEncoderLayer(6, 2, 12, batch_first=True), (2, 5, 6)),
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_graph_does_what_the_model_does(name: str, dynamic: bool | None) -> None:
+    make, shape = PROGRAMS[name]
+    run(make(), matrix(*shape), dynamic=dynamic, tolerance=2e-2 if name == "autocast" else 1e-5)
+
+
+def hugging_face(name: str, attention: str) -> tuple[nn.Module, Tensor, Tensor]:
+    transformers = pytest.importorskip("transformers")
+    size: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    size |= {"intermediate_size": 64}
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 64, (2, 9))
+    if name == "llama":
+        config = transformers.LlamaConfig(**size, num_key_value_heads=2, vocab_size=64)
+    elif name == "gpt2":
+        config = transformers.GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, vocab_size=64, bos_token_id=1, eos_token_id=1
+        )
+    elif name == "bert":
+        config = transformers.BertConfig(**size, vocab_size=64)
+    else:
+        config = transformers.ViTConfig(**size, image_size=8, patch_size=2)
+    config._attn_implementation = attention
+    if name == "vit":
+        model = transformers.ViTForImageClassification(config)
+        return model.train(), torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
+    head = (
+        transformers.AutoModelForMaskedLM if name == "bert" else transformers.AutoModelForCausalLM
+    )
+    return head.from_config(config).train(), tokens, tokens
+
+
+@pytest.mark.parametrize(
+    ("attention", "dynamic"), [("sdpa", None), ("sdpa", True), ("eager", None)], ids=str
+)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
+def test_hugging_face(name: str, attention: str, dynamic: bool | None) -> None:
+    model, inputs, labels = hugging_face(name, attention)
+    captured = run(model, inputs, labels=labels, dynamic=dynamic, tolerance=2e-5)
+    assert aten.linear.default in targets(captured[0]) or aten.addmm.default in targets(captured[0])
+    found = targets(captured[0]).count(aten.scaled_dot_product_attention.default)
+    assert found == (2 if attention == "sdpa" else 0)
+    for node in captured[0].graph_module.graph.find_nodes(
+        op="call_function", target=aten.softmax.int
+    ):
+        assert node.stack_trace and node.meta["nn_module_stack"]
+
+
+def drop_epilogue(gm: GraphModule) -> None:
+    for node in gm.graph.find_nodes(op="call_function", target=aten.copy_.default):
+        gm.graph.erase_node(node)
+
+
+def enable_gradients(gm: GraphModule) -> None:
+    for node in gm.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
+        gm.graph.erase_node(node)
+
+
+def drop_dead_draw(gm: GraphModule) -> None:
+    gm.graph.erase_node(gm.graph.find_nodes(op="call_function", target=aten.rand.default)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("batch_norm", drop_epilogue),
+        ("input", drop_epilogue),
+        ("no_grad", enable_gradients),
+        ("draws", drop_dead_draw),
+    ],
+)
+def test_the_comparison_sees_a_planted_wrong(
+    name: str, wrong: Callable[[GraphModule], None]
+) -> None:
+    make, shape = PROGRAMS[name]
+    with pytest.raises(AssertionError, match="not (close|equal)"):
+        run(make(), matrix(*shape), change=wrong)
+
+
+def test_autocast_and_no_grad_keep_their_nodes() -> None:
+    (graph,) = run(Program(without_gradient, linear(), linear()), matrix())
+    grad_mode = torch._C._set_grad_enabled
+    assert targets(graph)[5:10] == [
+        aten.linear.default, grad_mode, aten.linear.default, grad_mode, aten.mul.Tensor
+    ]  # fmt: skip
+    (graph,) = run(Program(in_autocast, linear(), linear()), matrix(), tolerance=2e-2)
+    first = graph.graph_module.graph.find_nodes(op="call_function", target=aten.linear.default)[0]
+    assert first.meta["val"].dtype == torch.bfloat16
+    assert targets(graph).count(torch.amp.autocast_mode._enter_autocast) == 2
+
+
+def test_composite_operators_are_decomposed_unless_kept() -> None:
+    (graph,) = run(Program(lambda m, x: F.rms_norm(m[0](x), (6,)), linear()), matrix())
+    assert aten.linear.default in targets(graph)
+    assert aten.rms_norm.default not in targets(graph)
+    assert not any(
+        isinstance(t, torch._ops.OpOverload) and t._can_decompose() and t not in WHOLE
+        for t in targets(graph)
+        if t is not aten.reshape.default
+    )
+
+
+def saved_for_backward(tagged: bool) -> int:
+    saved: list[int] = []
+
+    def forward_compiler(gm: GraphModule, _: Any) -> GraphModule:
+        saved.append(len(gm.graph.output_node().args[0]))
+        return gm
+
+    def backend(gm: GraphModule, example_inputs: list[Any]) -> Any:
+        graph = capture(gm, example_inputs, WHOLE.__contains__).graph_module
+        policies = [node.meta.get("recompute") for node in graph.graph.nodes]
+        assert CheckpointPolicy.PREFER_RECOMPUTE in policies
+        for node in graph.graph.nodes:
+            if not tagged:
+                node.meta.pop("recompute", None)
+        return torch._dynamo.backends.common.aot_autograd(
+            fw_compiler=forward_compiler, partition_fn=min_cut_rematerialization_partition
+        )(graph, example_inputs)
+
+    def block(m: Any, x: Tensor) -> Tensor:
+        return checkpoint(lambda t: m[1](m[0](t).softmax(-1)).softmax(-1), x, use_reentrant=False)
+
+    torch._dynamo.reset()
+    torch.compile(Program(block, linear(), linear()), backend=backend)(matrix()).sum().backward()
+    return saved[0]
+
+
+def test_checkpoint_still_saves_memory() -> None:
+    assert saved_for_backward(tagged=True) < saved_for_backward(tagged=False)
+
+
+def test_empty_cache_is_no_operand_of_cat() -> None:
+    (graph,) = run(
+        Program(lambda m, x: torch.cat([torch.empty(0), m[0](x)], -2), linear()), matrix()
+    )
+    assert aten.cat.default not in targets(graph)
+
+
+def test_user_line_and_dynamo_names() -> None:
+    names: list[list[str]] = []
+
+    def backend(gm: GraphModule, example_inputs: list[Any]) -> GraphModule:
+        graph = capture(gm, example_inputs, WHOLE.__contains__).graph_module
+        node = graph.graph.find_nodes(op="call_function", target=aten.linear.default)[0]
+        assert re.match(r"test_capture\.py:\d+ in without_gradient: y = m\[0\]", user_line(node))
+        names.extend([n.name for n in g.graph.find_nodes(op="placeholder")] for g in (gm, graph))
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(Program(without_gradient, linear(), linear()), backend=backend)(matrix())
+    assert names[0] == names[1]
+
+
+class TripledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0] * 3
+
+
+@torch._dynamo.allow_in_graph
+def opaque_to_dynamo(x: Tensor) -> Tensor:
+    return TripledGradient.apply(x)
+
+
+def clamped_weight(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        m[0].weight.clamp_(0)
+    return m[0](x)
+
+
+def inference(m: Any, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        x = x * 2
+    return x + 1
+
+
+def view_of_written_input(m: Any, x: Tensor) -> Any:
+    x.mul_(2)
+    return x.view(-1)
+
+
+UNSAFE: dict[str, tuple[Callable[..., Any], str]] = {
+    "custom backward": (lambda m, x: TripledGradient.apply(m[0](x)), "autograd_function_apply"),
+    "opaque custom backward": (lambda m, x: opaque_to_dynamo(m[0](x)), "custom backward"),
+    "vmap": (lambda m, x: torch.vmap(lambda r: r.sin())(x), "vmap"),
+    "cond": (lambda m, x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)), "operator cond"),
+    "weight written under no_grad": (clamped_weight, "unseen by autograd.*weight.clamp_"),
+    "detached write": (lambda m, x: (y := m[0](x), y.detach().add_(1), y)[2], "unseen by autograd"),
+    "inference mode": (inference, "_enter_inference_mode"),
+    "view of a written input": (view_of_written_input, "view of an input"),
+    "saved noise": (lambda m, x: F.rrelu(m[0](x), training=True), "rrelu"),
+}
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_what_would_lose_meaning_is_refused(name: str) -> None:
+    program, reason = UNSAFE[name]
+
+    def backend(gm: GraphModule, example_inputs: list[Any]) -> GraphModule:
+        with pytest.raises(CaptureError, match=reason):
+            capture(gm, example_inputs, WHOLE.__contains__)
+        return gm
+
+    torch._dynamo.reset()
+    compiled = torch.compile(Program(program, linear()), backend=backend)
+    compiled(matrix() * 1)
+
+
+def test_inputs_that_share_memory_may_not_be_written_to() -> None:
+    def f(x: Tensor, y: Tensor) -> Tensor:
+        x.add_(1)
+        return y * 2
+
+    def backend(gm: GraphModule, example_inputs: list[Any]) -> GraphModule:
+        with pytest.raises(CaptureError, match="L_x_ .*shares its memory with input L_y_"):
+            capture(gm, example_inputs, WHOLE.__contains__)
+        return gm
+
+    torch._dynamo.reset()
+    base = torch.zeros(4)
+    torch.compile(f, backend=backend)(base[:3], base[1:])
