@@ -7,8 +7,9 @@
     out:    f32[1, 4, 32, 8]  = aten.scaled_dot_product_attention(q, k, v)     the same site, as one node
 
 A written-out attention is a contraction of two activations whose result carries a dimension of each, the query length
-and the key length, followed (through whatever keeps both) by a contraction that sums over the key length. What lies
-between the two belongs to the site. The op names are never asked for: the rules know which dimension is which.
+and the key length, then something that mixes the keys of a query (a softmax, or the sum under one), then a contraction
+that sums over the key length. What lies between belongs to the site. The op names are never asked for: the rules know
+which dimension is which.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import fx
 
 from sp_compile.graph import GraphRules
 from sp_compile.plan import AttentionSite, SiteOperand
-from sp_compile.rule import OpShardingRule, factors_of
+from sp_compile.rule import OpSharding, OpShardingRule, factors_of
 from sp_compile.rules.attention import ATTENTION
 from sp_compile.sharding import REPLICATED, Placement, Sharded, whole_layout
 
@@ -69,7 +70,7 @@ def _contracts(rule: OpShardingRule) -> bool:
 def _written_out(node: fx.Node, rule: OpShardingRule, rules: GraphRules) -> AttentionSite | None:
     """The site that begins with the product of queries and keys, if this node is one."""
     operands = rules.operands(node)
-    if len(operands) < 2 or not _contracts(rule) or not all(rules.is_activation(n) for n in operands[:2]):
+    if len(operands) < 2 or not _contracts(rule) or not all(map(rules.is_activation, operands[:2])):
         return None
     dims = (_own_dimension(rule, 0, 1), _own_dimension(rule, 1, 0))
     if dims[0] is None or dims[1] is None:
@@ -80,12 +81,14 @@ def _written_out(node: fx.Node, rule: OpShardingRule, rules: GraphRules) -> Atte
         for side in (0, 1)
     ]
     for last in _after(node):
-        for key in (0, 1):
+        for key in filter(lambda side: rules.varies(operands[side]), (0, 1)):
             value = _sums_over(last, carried[key], carried[1 - key], rules)
             if value is not None:
                 query_dim, key_dim = dims[1 - key], dims[key]
                 assert query_dim is not None and key_dim is not None
                 between = _between(node, last)
+                if not any(_mixes(each, carried[key], rules) for each in between[1:-1]):
+                    continue
                 return AttentionSite(between, SiteOperand(node, 1 - key, query_dim), SiteOperand(node, key, key_dim), value)
     return None
 
@@ -129,6 +132,19 @@ def _carried(first: fx.Node, start: Placement, rules: GraphRules) -> Mapping[fx.
     return places
 
 
+def _mixes(node: fx.Node, keys: Mapping[fx.Node, Placement], rules: GraphRules) -> bool:
+    """Whether an op needs the keys of a query together: linear attention has none such and is no site."""
+    rule, operands = rules.rule(node), rules.operands(node)
+    placements = [keys.get(operand, REPLICATED) for operand in operands]
+    return any(
+        rule is None or not isinstance(sharding := rule.follow(index, placements), OpSharding) or not any(
+            isinstance(result, Sharded) for result in sharding.results
+        )
+        for index, placement in enumerate(placements)
+        if isinstance(placement, Sharded)
+    )
+
+
 def _sums_over(
     node: fx.Node, keys: Mapping[fx.Node, Placement], queries: Mapping[fx.Node, Placement], rules: GraphRules
 ) -> SiteOperand | None:
@@ -143,6 +159,6 @@ def _sums_over(
         factors = factors_of(rule.operands[scores][placement.dim])
         made = {f for dim in rule.results[0] for f in factors_of(dim)}
         shared = [at for at, dim in enumerate(rule.operands[value]) if factors and dim == factors]
-        if made.isdisjoint(factors) and shared and rules.is_activation(operands[value]):
+        if made.isdisjoint(factors) and shared and rules.varies(operands[value]):
             return SiteOperand(node, value, shared[0])
     return None

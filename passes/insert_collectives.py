@@ -320,14 +320,16 @@ class _GraphOp:
         self.rng = writer.rng
         self.shape_argument = rule.shape_argument
         values = [plan.sources.get(at, operand) for at, operand in enumerate(writer.rules.operands(node))]
-        self._operands = [
-            writer.convert(value, placement)
-            if not isinstance(placement, Replicated)
-            else writer.written[value]
-            if at in rule.metadata
-            else writer.replicate(value)
-            for at, (value, placement) in enumerate(zip(values, self.operands, strict=True))
-        ]
+        # A term that is added to the sum over ranks is added once: its gradient is the full one as it is.
+        added = rule.additive if not any(isinstance(result, Sharded) for result in self.results) else frozenset()
+        self._operands = []
+        for at, (value, placement) in enumerate(zip(values, self.operands, strict=True)):
+            if not isinstance(placement, Replicated) or at in added:
+                self._operands.append(writer.convert(value, placement))
+            elif at in rule.metadata:
+                self._operands.append(writer.written[value])
+            else:
+                self._operands.append(writer.replicate(value))
         self.args, self.kwargs = writer._arguments(node, self._operands)
 
     def emit(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:

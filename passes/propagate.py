@@ -282,15 +282,16 @@ class _Planner:
     def _head_shardings(self, site: AttentionSite, rule: OpShardingRule) -> Iterator[tuple[int, OpSharding]]:
         """Ways to run the first op of a site on shards of its heads: the head count and the sharding, best first."""
         sequences = {(site.query.index, site.query.dim), (site.key.index, site.key.dim)}
-        candidates: dict[str, tuple[int, int]] = {}
+        candidates: dict[str, int] = {}
         for operand in (site.key.index, site.query.index):
             for factor, dim in rule.borrowable(operand):
                 if (operand, dim) not in sequences and rule.sizes[factor] != 1:
-                    candidates.setdefault(factor, (operand, dim))
-        for factor in sorted(candidates, key=lambda f: (self._padding(rule.sizes[f]), -candidates[f][1])):
-            operand, dim = candidates[factor]
-            inner = self._split_above(self.rules.operands(site.nodes[0])[operand], dim)
-            for layout in (inner, whole_layout(rule.sizes[factor])):
+                    candidates[factor] = dim
+        query_factors = dict(rule.borrowable(site.query.index))
+        for factor in sorted(candidates, key=lambda f: (self._padding(rule.sizes[f]), -candidates[f])):
+            query = self.rules.operands(site.nodes[0])[site.query.index]
+            merged = self._split_above(query, query_factors[factor]) if factor in query_factors else None
+            for layout in (merged, whole_layout(rule.sizes[factor])):
                 sharding = rule.run_on({factor: layout}) if layout else None
                 if layout and sharding:
                     yield self.rules.hint(layout.segments[0].size), self._group_heads(site, sharding)

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
-from .capture import CapturedGraph, capture, user_line
+from .capture import CapturedGraph, capture
 from .config import SequenceParallelConfig
 from .debug import record
-from .errors import CaptureError, FallbackError
+from .errors import CaptureError, FallbackError, user_line
 from .graph import GraphRules
 from .group import current_epoch, rank_tensor, resolve_group
 from .ops import LOWERING_VERSION

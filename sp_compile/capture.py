@@ -14,13 +14,12 @@ draws, updated inputs. What cannot be shown to keep that meaning raises `Capture
 """
 
 import itertools
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch._guards import TracingContext, detect_fake_mode
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._ops import HigherOrderOperator, OpOverload
@@ -33,7 +32,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import CheckpointPolicy
 
-from sp_compile.errors import CaptureError
+from sp_compile.errors import CaptureError, user_line
 
 aten = torch.ops.aten
 
@@ -56,34 +55,19 @@ _ASSERTS = (
     aten.sym_constrain_range_for_size.default,
 )
 _RESHAPES = (aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default)
-_FRAME = re.compile(
-    r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)\n\s*(?P<code>.*)'
-)
-_TORCH = str(Path(torch.__file__).parent)
 
 
 @dataclass(frozen=True)
 class CapturedGraph:
-    """`graph_module` has Dynamo's placeholders and output; `inputs` are the fakes of its placeholders."""
+    """`graph_module` has Dynamo's placeholders and output; `inputs` are fakes for the former, and
+    `mutated_inputs` the positions of those that it writes to, at its end."""
 
     graph_module: GraphModule
     inputs: tuple[Any, ...]
     mutated_inputs: tuple[int, ...]
 
 
-def user_line(node: Node) -> str:
-    """`file.py:12 in forward: y = f(x)`: the innermost frame of `node` outside torch, or its name."""
-    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
-    if not frames:
-        return f"node {node.name}"
-    frame = next((f for f in reversed(frames) if not f["file"].startswith(_TORCH)), frames[-1])
-    place = f"{Path(frame['file']).name}:{frame['line']} in {frame['function']}"
-    return f"{place}: {frame['code'].strip()}"
-
-
-def capture(
-    gm: GraphModule, example_inputs: Sequence[Any], keep: Callable[[OpOverload], bool]
-) -> CapturedGraph:
+def capture(gm: GraphModule, example_inputs: Sequence[Any], keep: Callable[[OpOverload], bool]) -> CapturedGraph:
     """Trace a Dynamo graph to ATen, whole where `keep` says so and decomposed elsewhere.
 
     `keep(op)` tells of a composite (CompositeImplicitAutograd) operator whether it stays whole; all
@@ -121,22 +105,14 @@ def _reject_unsafe_nodes(gm: GraphModule) -> None:
                 and target not in (*_STATE, *_NO_EFFECT)
             ):
                 name = getattr(target, "__name__", str(target))
-                reason = (
-                    f"{name} sets a mode (a context, vmap, grad) that an ATen graph has no node for"
-                )
+                reason = f"{name} sets a mode (a context, vmap, grad) that an ATen graph has no node for"
             else:
                 continue
             raise CaptureError(f"{reason} ({user_line(node)})")
 
 
-def _reject_shared_storage(
-    gm: GraphModule, example_inputs: Sequence[Any], mutated: Sequence[int]
-) -> None:
-    storages = {
-        i: x.untyped_storage()._cdata
-        for i, x in enumerate(example_inputs)
-        if isinstance(x, torch.Tensor)
-    }
+def _reject_shared_storage(gm: GraphModule, example_inputs: Sequence[Any], mutated: Sequence[int]) -> None:
+    storages = {i: x.untyped_storage()._cdata for i, x in enumerate(example_inputs) if isinstance(x, torch.Tensor)}
     placeholders = gm.graph.find_nodes(op="placeholder")
     for i, j in itertools.product(mutated, storages):
         if i != j and storages[i] == storages[j]:
@@ -188,13 +164,9 @@ class _Functionalize(FunctionalTensorMode):
         # By address; kept alive, since an address is used again.
         self._storages_with_grad: dict[int, torch.UntypedStorage] = {}
 
-    def _can_decompose(
-        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> bool:
+    def _can_decompose(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if not func._can_decompose():
             return False
-        if func in _DROPOUTS and not (args[1] and args[2]):
-            return True  # returns its operand itself, which a later write would show
         if any(a.alias_info is not None for a in func._schema.arguments):
             return True  # no functionalisation kernel
         return not self._whole(func) and not _has_autocast_policy(func, args)
@@ -210,6 +182,8 @@ class _Functionalize(FunctionalTensorMode):
             if torch.is_grad_enabled() != self.grad_mode:
                 raise _HiddenGradMode
             self._reject_untracked_write(func, args)
+        if func in _DROPOUTS and not (args[1] and args[2]):
+            return args[0]  # as in eager mode: a later write to the one is seen in the other
         try:
             return super().__torch_dispatch__(func, types, args, kwargs)
         except _HiddenGradMode as error:
@@ -239,7 +213,7 @@ class _Functionalize(FunctionalTensorMode):
 
 
 def _has_autocast_policy(func: OpOverload, args: tuple[Any, ...]) -> bool:
-    """Whether autocast is on and casts for `func`, which it would not do for the parts of `func`."""
+    """Whether autocast casts for `func`, which it would not do for the parts of `func`."""
     devices = {a.device.type for a in args if isinstance(a, torch.Tensor)}
     return any(
         torch.is_autocast_enabled(device)
@@ -297,12 +271,12 @@ class _DynamoInterpreter(Interpreter):
 
     def _inline_checkpoint(self, body: GraphModule, *args: Any) -> Any:
         """The partitioner recomputes nodes that carry these two fields, wherever they stand."""
-        graph, tags = Graph(), {"recompute": CheckpointPolicy.PREFER_RECOMPUTE}
-        output = graph.graph_copy(body.graph, {})
-        graph.output(output)
+        graph = Graph()
+        graph.output(graph.graph_copy(body.graph, {}))
         region = next(_CHECKPOINT_IDS)
         for node in graph.nodes:
-            node.meta.update(tags, ac_graph_id=region)
+            node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+            node.meta["ac_graph_id"] = region
         inner = _DynamoInterpreter(body, self._mode, graph)
         result = inner.run(*args)
         self.constants += inner.constants
@@ -321,11 +295,9 @@ def _trace(
     """Returns the graph, whose outputs are Dynamo's and then the mutated inputs; which inputs those
     are; and which outputs (position → input) are such an input itself."""
     needs_grad = torch.is_grad_enabled() or any(
-        node.args[0]
-        for body in _bodies(gm)
-        for node in body.graph.find_nodes(op="call_function", target=_GRAD_MODE)
+        node.args[0] for body in _bodies(gm) for node in body.graph.find_nodes(op="call_function", target=_GRAD_MODE)
     )
-    whole: set[OpOverload] = set()
+    whole: set[OpOverload] = set()  # found out not to survive decomposition
     mutated: tuple[int, ...] = ()
     returned: dict[int, int] = {}
 
@@ -334,10 +306,7 @@ def _trace(
         mode = _Functionalize(lambda op: op in whole or keep(op), needs_grad)
         below = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
         with torch._C._ExcludeDispatchKeyGuard(below), mode:
-            wrapped = [
-                FunctionalTensor.to_functional(a) if isinstance(a, torch.Tensor) else a
-                for a in args
-            ]
+            wrapped = [FunctionalTensor.to_functional(a) if isinstance(a, torch.Tensor) else a for a in args]
             interpreter = _DynamoInterpreter(gm, mode)
             outputs = interpreter.run(*wrapped)
             mutated = tuple(i for i, x in enumerate(wrapped) if _is_mutated(x))
@@ -346,26 +315,18 @@ def _trace(
             returned = _returned_inputs(outputs, wrapped, mutated)
             return [_unwrap(x) for x in (*outputs, *(wrapped[i] for i in mutated))]
 
+    table = {aten.copy.default: _copy}
+    trace = make_fx(functional, table, pre_dispatch=True, _allow_non_fake_inputs=True)
     while True:
-        known = len(whole)
-        grad_mode = torch.is_grad_enabled()
         try:
-            with fake_mode, preserve_node_meta(), torch.set_grad_enabled(grad_mode):
-                traced = make_fx(
-                    functional,
-                    decomposition_table={aten.copy.default: _copy},
-                    pre_dispatch=True,
-                    _allow_non_fake_inputs=True,
-                )(*inputs)
-            return traced, mutated, returned
+            with fake_mode, preserve_node_meta(), torch.set_grad_enabled(torch.is_grad_enabled()):
+                return trace(*inputs), mutated, returned
         except _HiddenGradMode as error:
-            assert error.op is not None
+            assert error.op is not None and error.op not in whole
             whole.add(error.op)
-            if len(whole) == known:
-                raise CaptureError(f"{error.op} cannot be traced") from error
 
 
-def _copy(destination: torch.Tensor, source: torch.Tensor, _: bool = False) -> torch.Tensor:
+def _copy(destination: torch.Tensor, source: torch.Tensor, _: bool = False) -> Any:
     """`aten.copy` has no derivative; these have."""
     if source.dtype != destination.dtype or source.device != destination.device:
         source = aten._to_copy.default(source, dtype=destination.dtype, device=destination.device)
@@ -377,12 +338,10 @@ def _is_mutated(value: Any) -> bool:
         return False
     if torch._functionalize_has_metadata_mutation(value.elem):
         raise CaptureError("the graph changes the shape, strides or storage of one of its inputs")
-    return torch._functionalize_has_data_mutation(value.elem)
+    return bool(torch._functionalize_has_data_mutation(value.elem))  # type: ignore[attr-defined]
 
 
-def _returned_inputs(
-    outputs: Sequence[Any], inputs: Sequence[Any], mutated: Sequence[int]
-) -> dict[int, int]:
+def _returned_inputs(outputs: Sequence[Any], inputs: Sequence[Any], mutated: Sequence[int]) -> dict[int, int]:
     returned = {}
     for position, output in enumerate(outputs):
         for i in mutated:
@@ -399,7 +358,7 @@ def _returned_inputs(
 def _unwrap(value: Any) -> Any:
     if not isinstance(value, FunctionalTensor):
         return value
-    torch._sync(value)  # type: ignore[no-untyped-call]
+    torch._sync(value)  # type: ignore[attr-defined, no-untyped-call]
     return torch._from_functional_tensor(value.elem)
 
 
@@ -415,9 +374,7 @@ def _canonical(
     env: dict[Node, Any] = {}
     old_placeholders = traced.graph.find_nodes(op="placeholder")
     placeholders = []
-    for old, dynamo, value in zip(
-        old_placeholders, gm.graph.find_nodes(op="placeholder"), inputs, strict=True
-    ):
+    for old, dynamo, value in zip(old_placeholders, gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
         node = graph.create_node("placeholder", dynamo.target, name=dynamo.name)
         kept = {k: v for k, v in dynamo.meta.items() if k not in ("example_value", "grapharg")}
         node.meta = {**kept, **old.meta, "val": value}
@@ -431,7 +388,11 @@ def _canonical(
     for old in traced.graph.nodes:
         if old.op in ("call_function", "get_attr"):
             env[old] = _rewrite(graph, traced, old, env)
-    results = [env[x] if isinstance(x, Node) else x for x in traced.graph.output_node().args[0]]
+    results: list[Any] = pytree.tree_map_only(
+        Node,
+        env.__getitem__,
+        list(traced.graph.output_node().args[0]),  # type: ignore[arg-type]
+    )
     updates = results[len(results) - len(mutated) :]
     for i, update in zip(mutated, updates, strict=True):
         epilogue = graph.call_function(aten.copy_.default, (placeholders[i], update))
@@ -445,21 +406,20 @@ def _canonical(
     return GraphModule(traced, graph)
 
 
-def _rewrite(graph: Graph, traced: GraphModule, old: Node, env: dict[Node, Any]) -> Node | None:
+def _rewrite(graph: Graph, traced: GraphModule, old: Node, env: dict[Node, Any]) -> Any:
     target = old.target
     if isinstance(target, HigherOrderOperator):
         raise CaptureError(f"{target.name()} is no ATen operator ({user_line(old)})")
     if target is aten._assert_tensor_metadata.default:
         return None
-    if target is aten.alias.default or (
-        target in (*_RESHAPES, aten.expand.default) and _same_shape(old, old.args[0])
-    ):
-        return env[old.args[0]]
+    operand: Any = old.args[0] if old.args else None
+    if target is aten.alias.default or (target in (*_RESHAPES, aten.expand.default) and _same_shape(old, operand)):
+        return env[operand]
     new = graph.node_copy(old, lambda n: env[n])
     if target in _RESHAPES:
         new.target, new.args, new.kwargs = aten.reshape.default, new.args[:2], {}
     elif target is aten.lift_fresh_copy.default:
-        constant = getattr(traced, old.args[0].target)
+        constant = getattr(traced, operand.target)
         if constant.numel() == 1:
             value = old.meta["val"]
             new.target, new.args = aten.full.default, (list(value.shape), constant.item())
@@ -473,12 +433,12 @@ def _rewrite(graph: Graph, traced: GraphModule, old: Node, env: dict[Node, Any])
 
 def _same_shape(node: Node, other: Node) -> bool:
     a, b = node.meta["val"].shape, other.meta["val"].shape
-    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b))
+    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
 
 
 def _drop_empty_operands(cat: Node) -> None:
     """`cat` passes over one-dimensional tensors without elements (Hugging Face's empty KV cache)."""
-    operands = cat.args[0]
+    operands: Any = cat.args[0]
     full = [x for x in operands if x.meta["val"].shape != (0,)]
     value = cat.meta["val"]
     if len(full) == len(operands) or not full or value.dim() == 1:

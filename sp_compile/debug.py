@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch._logging import trace_structured
 
-from .capture import user_line
+from .errors import user_line
 from .graph import GraphRules
 from .passes import ShardedGraph
 from .plan import AttentionSite, ShardingPlan

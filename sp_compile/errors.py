@@ -1,5 +1,10 @@
-"""The one family of errors that this library raises."""
+"""The one family of errors that this library raises, and the line of the user's file that their texts name."""
 
+import re
+from pathlib import Path
+
+import torch
+from torch.fx import Node
 
 class SequenceParallelError(RuntimeError):
     """Base of every error of `sp_compile`; its text says what was met, where, and what to do."""
@@ -19,3 +24,17 @@ class RuleError(SequenceParallelError, ValueError):
 
 class FallbackError(SequenceParallelError):
     """With `strict=True`: something ran on gathered values that could not be sharded."""
+
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)\n\s*(?P<code>.*)')
+_TORCH = str(Path(torch.__file__).parent)
+
+
+def user_line(node: Node) -> str:
+    """`file.py:12 in forward: y = f(x)`: the innermost frame of `node` outside torch."""
+    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    if not frames:
+        return f"node {node.name}"
+    frame = next((f for f in reversed(frames) if not f["file"].startswith(_TORCH)), frames[-1])
+    place = f"{Path(frame['file']).name}:{frame['line']} in {frame['function']}"
+    return f"{place}: {frame['code'].strip()}"

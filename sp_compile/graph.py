@@ -77,6 +77,20 @@ class GraphRules:
         """Whether a value is floating and descends from a parameter or from a floating input of the user."""
         return node in self._activations
 
+    def varies(self, node: fx.Node) -> bool:
+        """Whether a value depends on an input that is no parameter, so that it is no weight."""
+        return node in self._varying
+
+    @cached_property
+    def _varying(self) -> frozenset[fx.Node]:
+        found: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            value = node.meta.get("val")
+            begins = node.op == "placeholder" and not isinstance(value, torch.nn.Parameter)
+            if begins or not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+        return frozenset(found)
+
     @cached_property
     def _activations(self) -> frozenset[fx.Node]:
         found: set[fx.Node] = set()

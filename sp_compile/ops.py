@@ -105,14 +105,10 @@ def _dimension(x: Tensor, dim: int) -> int:
     return dim % x.dim()
 
 
-def _layout(
-    x: Tensor, dim: int, outer: int, sizes: list[int], granules: list[int], parts: int = 1
-) -> ShardedDim:
+def _layout(x: Tensor, dim: int, outer: int, sizes: list[int], granules: list[int], parts: int = 1) -> ShardedDim:
     """The layout of dimension `dim`, of which `x` holds one of `parts`, padded; the whole if 1."""
     if len(sizes) != len(granules) or not sizes:
-        raise SequenceParallelError(
-            f"{len(sizes)} segment sizes, {len(granules)} granules: every segment needs both"
-        )
+        raise SequenceParallelError(f"{len(sizes)} segment sizes, {len(granules)} granules: every segment needs both")
     layout = ShardedDim(_dimension(x, dim), outer, sizes, granules)
     found, expected = x.shape[layout.dim], outer * layout.local(parts)
     # Symbolic sizes are not compared: that would be a guard.
@@ -133,7 +129,7 @@ def _check_distinct(x: Tensor, gather_dim: int, scatter_dim: int) -> None:
 
 
 def _owned_rows(layout: ShardedDim, ranks: Tensor, parts: int) -> tuple[Tensor, Tensor]:
-    """The global row of each local row of `ranks` `[n]`, `[n * outer * local]`, and if it is real."""
+    """The global row of each local row of `ranks` `[n]`, and if it is real: `[n * outer * local]`."""
     rows: list[Tensor] = []
     real: list[Tensor] = []
     start = 0
@@ -151,6 +147,8 @@ def _owned_rows(layout: ShardedDim, ranks: Tensor, parts: int) -> tuple[Tensor, 
 
 def _stored_rows(layout: ShardedDim, parts: int, device: torch.device) -> Tensor:
     """Where each global row lies in the local rows of all ranks end to end, `[outer * s]`."""
+    if len(layout.sizes) == 1 and isinstance(layout.outer, int) and layout.outer == 1:
+        return torch.arange(layout.rows, device=device)
     stored: list[Tensor] = []
     outer = torch.arange(layout.outer, device=device).unsqueeze(1)
     start, local = 0, layout.local(parts)
@@ -252,9 +250,7 @@ def _sum_rows(x: Tensor, dim: int, index: Tensor, rows: int) -> Tensor:
 
 class _Shard(_Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, rank: Tensor, layout: ShardedDim, group: str, zero: bool = False
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rank: Tensor, layout: ShardedDim, group: str, zero: bool = False) -> Tensor:
         ctx.save_for_backward(rank)
         ctx.layout, ctx.group, parts = layout, group, _group_size(group)
         return _moved(lambda t: _cut(t, layout, rank, parts, zero), x)
@@ -278,9 +274,7 @@ class _AllGather(_Function):
 
 class _AllToAll(_Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, gather: ShardedDim, scatter: ShardedDim, group: str, zero: bool = False
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gather: ShardedDim, scatter: ShardedDim, group: str, zero: bool = False) -> Tensor:
         ctx.gather, ctx.scatter, ctx.group = gather, scatter, group
         return _moved(lambda t: _exchange(t, gather, scatter, group, zero), x)
 
@@ -334,9 +328,7 @@ class _SelectRows(_Function):
         ctx.save_for_backward(row, mine)
         ctx.dim, ctx.rows, ctx.group = dim, x.shape[dim], group
         # A row has one owner and the other ranks add zeros: exact in every dtype, or its bytes.
-        return _moved(
-            lambda t: _all_reduce(_fill(t.index_select(dim, row), dim, mine), "sum", group), x
-        )
+        return _moved(lambda t: _all_reduce(_fill(t.index_select(dim, row), dim, mine), "sum", group), x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -391,9 +383,7 @@ class _KVHeads(NamedTuple):
 
 class _AllToAllKV(_Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, rank: Tensor, gather: ShardedDim, dim: int, heads: _KVHeads, group: str
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rank: Tensor, gather: ShardedDim, dim: int, heads: _KVHeads, group: str) -> Tensor:
         ctx.save_for_backward(rank)
         ctx.gather, ctx.dim, ctx.heads, ctx.group = gather, dim, heads, group
 
@@ -421,9 +411,7 @@ Sizes: TypeAlias = list[int]
 
 
 @_op(f"shard(Tensor x, Tensor rank, {_LAYOUT}, str group) -> Tensor")
-def shard(
-    x: Tensor, rank: Tensor, dim: int, outer: int, sizes: Sizes, granules: Sizes, group: str
-) -> Tensor:
+def shard(x: Tensor, rank: Tensor, dim: int, outer: int, sizes: Sizes, granules: Sizes, group: str) -> Tensor:
     """My block of every segment, padded by repetition: `[B, S, C]` -> `[B, ceil(S/P), C]`.
 
     `y_r = x[rows of r]`, without communication; backward `cat_r(g_r)`, the padding dropped.
@@ -432,9 +420,7 @@ def shard(
 
 
 @_op(f"all_gather(Tensor x, Tensor rank, {_LAYOUT}, str group) -> Tensor")
-def all_gather(
-    x: Tensor, rank: Tensor, dim: int, outer: int, sizes: Sizes, granules: Sizes, group: str
-) -> Tensor:
+def all_gather(x: Tensor, rank: Tensor, dim: int, outer: int, sizes: Sizes, granules: Sizes, group: str) -> Tensor:
     """The whole from every rank's part, without padding: `[B, ceil(S/P), C]` -> `[B, S, C]`.
 
     `y = cat_r(x_r)`; backward `g[rows of r]`, 0 at padding: g is the full gradient already.
@@ -513,7 +499,7 @@ def mask_padding(
 
 @_op("positions(Tensor rank, SymInt outer, SymInt[] sizes, SymInt[] granules, str group) -> Tensor")
 def positions(rank: Tensor, outer: int, sizes: Sizes, granules: Sizes, group: str) -> Tensor:
-    """The global row of every local row, int64 `[outer * local]`; padding repeats, as in `shard`."""
+    """The global row of each local row, int64 `[outer * local]`; padding repeats as in `shard`."""
     return _owned_rows(ShardedDim(0, outer, sizes, granules), rank, _group_size(group))[0]
 
 
@@ -542,10 +528,7 @@ def select_rows(
     return _SelectRows.run(x, layout.dim, row, mine, group)
 
 
-@_op(
-    f"all_to_all_kv(Tensor x, Tensor rank, {_GATHER}, int head_dim, int query_heads, str group)"
-    " -> Tensor"
-)
+@_op(f"all_to_all_kv(Tensor x, Tensor rank, {_GATHER}, int head_dim, int query_heads, str group) -> Tensor")
 def all_to_all_kv(
     x: Tensor,
     rank: Tensor,

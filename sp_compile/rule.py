@@ -6,9 +6,9 @@ A rule reads like einsum (after Shardy's `OpShardingRule`):
     scaled_dot_product_attention    "b h q d!, b h k! d!, b h k! v -> b h q v"
     reshape [B, S, 12] to [B, S, 3, 4]    "b s (h d) -> b s h d"
 
-A factor on both sides is *pass-through*: shard it, and every rank runs the op on its rows. A factor on the left only is
-a *reduction*: the ranks hold terms of a sum. `!` is *need-replication*: the factor must be whole for the op to be right.
-`+` marks an additive operand, which a sum over ranks counts once; `~` one of which only dtype and device matter.
+A factor on both sides is *pass-through*: shard it, and every rank runs the op on its rows. A factor on the left only
+is a *reduction*: the ranks hold terms of a sum. `!` is *need-replication*: the factor must be whole for the op to be
+right. `+` marks an additive operand, which a sum over ranks counts once; `~` one of which only dtype and device matter.
 A dimension may be several factors, `(g r)`, outermost first, or streams laid end to end, `[t | i]`.
 """
 
@@ -38,6 +38,8 @@ from .sharding import (
     whole_layout,
 )
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -45,7 +47,7 @@ class TensorSpec:
 
     shape: tuple[Size, ...]
     dtype: torch.dtype
-    device: torch.device = torch.device("cpu")
+    device: torch.device = _CPU
 
     @staticmethod
     def of(value: torch.Tensor) -> TensorSpec:

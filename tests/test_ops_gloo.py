@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from sp_compile.group import get_sequence_parallel_rank
 from tests import test_ops
@@ -35,10 +36,32 @@ def run_eager() -> None:
         check_case(name, lambda op: op)
 
 
-def run_compiled(backend: str, names: list[str], dynamic: bool) -> None:
+def run_inductor(names: list[str]) -> None:
     for name in names:
         torch._dynamo.reset()
-        check_case(name, lambda op: torch.compile(op, backend=backend, dynamic=dynamic))
+        check_case(name, torch.compile)
+
+
+def run_inductor_lengths(lengths: list[int]) -> None:
+    """One graph for all lengths, there and back, with values and gradients."""
+    group, rank = group_name(), torch.tensor([get_sequence_parallel_rank()])
+
+    def program(x: Tensor) -> Tensor:
+        rows, heads = (1, [x.shape[2]], [1]), (1, [5], [1])
+        x = sp.shard(x, rank, 2, *rows, group)
+        x = sp.all_to_all(x, 2, *rows, 1, *heads, group).sin()
+        return sp.all_gather(x, rank, 1, *heads, group)
+
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(program, backend=counter)
+    for length in lengths:
+        x = torch.randn(2, 5, length, 3, requires_grad=True)
+        torch._dynamo.mark_dynamic(x, 2)
+        found, weight = compiled(x), torch.randn(2, 5, length, 3)
+        found.backward(weight)
+        torch.testing.assert_close(found, x.sin())
+        torch.testing.assert_close(x.grad, weight * x.cos())
+    assert counter.frame_count == 1
 
 
 def run_dtypes(backend: str | None, dtypes: list[torch.dtype], names: list[str]) -> None:
@@ -75,7 +98,7 @@ def run_reductions() -> None:
 
 
 def run_opcheck() -> None:
-    test_ops.sp = Checked("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    test_ops.sp = Checked("test_aot_dispatch_dynamic")
     try:
         for name in ["shard", "gather", "exchange", "mask with zero", "select", "KV 6:2"]:
             case, r = CASES[name], get_sequence_parallel_rank()
@@ -89,8 +112,6 @@ def run_opcheck() -> None:
 COMPILED = [
     "shard outer, segments, granules",
     "gather",
-    "exchange",
-    "exchange even",
     "exchange packed heads",
     "mask with zero",
     "select",
@@ -114,9 +135,12 @@ def test_opcheck(gloo3: GlooPool) -> None:
     gloo3.run(run_opcheck)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_inductor(gloo3: GlooPool, dynamic: bool) -> None:
-    gloo3.run(run_compiled, "inductor", COMPILED, dynamic)
+def test_inductor(gloo3: GlooPool) -> None:
+    gloo3.run(run_inductor, COMPILED)
+
+
+def test_inductor_serves_all_lengths(gloo3: GlooPool) -> None:
+    gloo3.run(run_inductor_lengths, [7, 9, 32, 4])
 
 
 def test_inductor_moves_bytes(gloo3: GlooPool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..rule import Dim, Factors, OpCall, OpShardingRule
+from ..rule import Dim, Factors, OpCall, OpShardingRule, factors_of
 from ..sharding import Size
 
 
@@ -45,4 +45,6 @@ def fit(
         for dim, size in zip(dims, spec.shape, strict=True):
             if isinstance(dim, tuple) and len(dim) == 1:
                 known[dim[0]] = size
-    return OpShardingRule(tuple(map(tuple, operands)), tuple(map(tuple, results)), known, **extra)
+    named = {factor for dims in (*operands, *results) for dim in dims for factor in factors_of(dim)}
+    sizes = {factor: size for factor, size in known.items() if factor in named}
+    return OpShardingRule(tuple(map(tuple, operands)), tuple(map(tuple, results)), sizes, **extra)

@@ -106,10 +106,13 @@ def _probability_body(local: LocalOp) -> fx.Node:
     aten.binary_cross_entropy_with_logits.default,
 )
 def elementwise_loss_rule(call: OpCall) -> OpShardingRule | None:
-    """`..., ... -> ...`, or a scalar: the losses without their padding, summed over the ranks."""
-    ndim = max(len(spec.shape) for spec in call.operands)
-    aligned = [(1,) * (ndim - len(spec.shape)) + spec.shape for spec in call.operands]
-    shape = tuple(next((size for size in sizes if size != 1), 1) for sizes in zip(*aligned, strict=True))
+    """`..., ... -> ...`, or a scalar: the losses without their padding, summed over the ranks.
+
+    Only weights may broadcast: torch itself gives other gradients than those of the broadcast operands.
+    """
+    if call.operands[0].shape != call.operands[1].shape:
+        return None
+    shape = call.operands[0].shape
     operands = [broadcast_factors(spec.shape, shape) for spec in call.operands]
     known = [dims for dims in operands if dims is not None]
     if len(known) < len(operands):
@@ -122,9 +125,7 @@ def elementwise_loss_rule(call: OpCall) -> OpShardingRule | None:
         arguments = {**call.arguments, "reduction": _NONE}
         arguments |= {name: _widened(local, local.operand(at)) for at, name in enumerate(call.operand_names)}
         losses = local.emit(call.target, *arguments.values())
-        index, placement = next((at, p) for at, p in enumerate(local.operands) if isinstance(p, Sharded))
-        row = Sharded(placement.dim + ndim - len(call.operands[index].shape), placement.layout)
-        total = local.all_reduce(local.emit(aten.sum.default, local.mask_padding(losses, row, 0)))
+        total = local.all_reduce(local.emit(aten.sum.default, local.mask_padding(losses, local.operands[0], 0)))
         if reduction == _MEAN:
             total = local.emit(aten.div.Tensor, total, local.size(product(shape)))
         return _narrowed(local, total)

@@ -41,7 +41,11 @@ def _from_text(text: str) -> RuleFunction:
 
 def has_rule(target: OpOverload) -> bool:
     """Whether an overload may be sharded; pointwise ops are known by their tag."""
-    return target in _RULES or torch.Tag.pointwise in target.tags
+    return target in _RULES or _is_pointwise(target)
+
+
+def _is_pointwise(target: OpOverload) -> bool:
+    return torch.Tag.pointwise in target.tags and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def rule_for(call: OpCall) -> OpShardingRule | None:
@@ -49,7 +53,7 @@ def rule_for(call: OpCall) -> OpShardingRule | None:
     if call.target._schema.is_mutable or any(size == 0 for spec in call.operands for size in spec.shape):
         return None
     function = _RULES.get(call.target)
-    if function is None and torch.Tag.pointwise in call.target.tags:
+    if function is None and _is_pointwise(call.target):
         function = _RULES[torch.ops.aten.add.Tensor]
     return function(call) if function else None
 

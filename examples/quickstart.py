@@ -1,0 +1,205 @@
+"""Train a small Llama on two ranks that share its sequence, next to the same model on one device.
+
+    python examples/quickstart.py         it starts its own ranks; about 2 minutes on 2 cores, most of it compilation
+    torchrun --nproc-per-node 2 examples/quickstart.py
+
+A byte-level Llama with grouped KV heads learns the English of Python's own documentation. The sequence-parallel model
+runs on every rank; the reference, compiled by plain Inductor, runs on rank 0 while the others wait, one thread each.
+Printed: what each attention moves, both losses, the largest differences on any rank, and the step times. The exit code
+is 1 if the loss or the logits differ by more than 2e-5 of their largest value, or a gradient by 2e-4 of the largest one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pydoc_data.topics import topics
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+import torch.distributed as dist
+import transformers
+from tabulate import tabulate
+from torch import Tensor, fx, nn
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sp_compile import RewrittenGraph, init_sequence_parallel, rewritten_graphs, sp_backend
+
+OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 2e-4
+# What moves rows between ranks, and which argument is the dimension that becomes whole.
+EXCHANGES = {torch.ops.sp.all_to_all.default: 1, torch.ops.sp.all_to_all_kv.default: 2, torch.ops.sp.all_gather.default: 2}
+
+
+@dataclass
+class Trainer:
+    """One training step, on one device or on all ranks; `step(batch)` gives loss `[]` and logits `[1, S, 256]`."""
+
+    model: nn.Module
+    backend: str | Callable[..., Any]
+
+    def __post_init__(self) -> None:
+        self.compiled = torch.compile(self.model, backend=self.backend, dynamic=False)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.seconds: list[float] = []
+
+    def step(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        started = time.perf_counter()
+        self.optimizer.zero_grad()
+        output = self.compiled(input_ids=batch, labels=batch)
+        output.loss.backward()
+        self.optimizer.step()
+        self.seconds.append(time.perf_counter() - started)
+        return output.loss.detach(), output.logits.detach()
+
+    def gradients(self) -> Tensor:
+        return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
+
+
+def main() -> None:
+    args = parse_arguments()
+    if "RANK" not in os.environ:
+        launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+        os.execv(sys.executable, [sys.executable, *launch, "--nproc-per-node", str(args.ranks), *sys.argv])
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    init_sequence_parallel()
+    correct = train(args)
+    dist.destroy_process_group()
+    sys.exit(0 if correct else 1)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Sequence-parallel training next to one device.")
+    for name, default, text in (
+        ("ranks", 2, "processes to start, unless torchrun did"),
+        ("steps", 30, "steps of training"),
+        ("layers", 4, "layers of the Llama"),
+        ("sequence", 2048, "tokens in the sequence"),
+        ("hidden", 192, "width of the Llama, a multiple of 16"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
+    return parser.parse_args()
+
+
+def make_model(args: argparse.Namespace) -> nn.Module:
+    """The same random weights wherever it is called."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=args.hidden,
+        intermediate_size=3 * args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=args.sequence,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).train()
+
+
+def train(args: argparse.Namespace) -> bool:
+    """Train both models and print what came of it; whether they agree."""
+    rank = dist.get_rank()
+    text = torch.frombuffer(bytearray("\n".join(topics.values()).encode()), dtype=torch.uint8).long()
+    sharded = Trainer(make_model(args), sp_backend)
+    alone = Trainer(make_model(args), "inductor")
+    size = sum(p.numel() for p in sharded.model.parameters())
+    if rank == 0:
+        print(f"Llama, {args.layers} layers, {size / 1e6:.1f} M parameters; {args.sequence} bytes a step.")
+        print("Compiling for one device, then for all ranks ...", flush=True)
+    worst: dict[str, float] = {"loss": 0.0}
+    starts = torch.randint(len(text) - args.sequence, (args.steps,), generator=torch.Generator().manual_seed(0))
+    progress = tqdm(starts.tolist(), desc="training", disable=rank > 0)
+    for number, start in enumerate(progress):
+        batch = text[start : start + args.sequence].unsqueeze(0)
+        loss, logits = alone.step(batch) if rank == 0 else (torch.empty(()), torch.empty(1, args.sequence, 256))
+        dist.broadcast(loss, 0)
+        sp_loss, sp_logits = sharded.step(batch)
+        progress.set_postfix(one_device=f"{loss:.5f}", sequence_parallel=f"{sp_loss:.5f}")
+        worst["loss"] = max(worst["loss"], difference(loss, sp_loss))
+        if number == 0:
+            gradients = alone.gradients() if rank == 0 else torch.empty(size)
+            dist.broadcast(logits, 0)
+            dist.broadcast(gradients, 0)
+            worst["logits, first step"] = difference(logits, sp_logits)
+            worst["gradients, first step"] = difference(gradients, sharded.gradients())
+            if rank == 0:
+                progress.write(f"\n{describe_attention(rewritten_graphs()[-1])}\n", file=sys.stdout)
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, worst)
+    largest = {name: max(ranks[name] for ranks in everywhere) for name in worst}
+    if rank == 0:
+        print(f"\n{describe_differences(largest)}\n\n{describe_times(alone.seconds, sharded.seconds)}")
+    return all(value <= tolerance(name) for name, value in largest.items())
+
+
+def difference(expected: Tensor, got: Tensor) -> float:
+    """The largest difference, relative to the largest value; infinite where the shapes differ."""
+    if expected.shape != got.shape:
+        return float("inf")
+    return float((expected - got).abs().max() / expected.abs().max())
+
+
+def tolerance(name: str) -> float:
+    return GRADIENT_TOLERANCE if name.startswith("gradients") else OUTPUT_TOLERANCE
+
+
+def describe_attention(graph: RewrittenGraph) -> str:
+    """A table of the attention sites. An exchange belongs to the site whose output it moves, else to the next one."""
+    sites = {planned.site.output.name: number for number, planned in enumerate(graph.plan.sites)}
+    moved = [0] * (len(sites) + 1)
+    upcoming = 0
+    for node in graph.rewritten.graph.nodes:
+        if node.target in EXCHANGES:
+            moved[sites.get(node.args[0].name, upcoming)] += received_bytes(node, graph.plan.parts)
+        upcoming = sites.get(node.name, upcoming - 1) + 1
+    rows = []
+    for planned, size in zip(graph.plan.sites, moved, strict=False):
+        ends = planned.site.query, planned.site.key
+        heads = [end.node.args[end.index].meta["val"].shape[1] for end in ends]
+        path, _ = [*planned.site.output.meta["nn_module_stack"].values()][-1]
+        rows.append([path.removeprefix("L['self']."), *heads, planned.strategy, f"{size:,}"])
+    columns = ["attention", "heads", "KV heads exchanged", "strategy", "bytes received per rank, forward"]
+    return tabulate(rows, columns, colalign=("left", "right", "right", "left", "right"))
+
+
+def received_bytes(node: fx.Node, parts: int) -> int:
+    """What rank 0 receives in an exchange: the result, but for its own block and the KV heads that it repeats."""
+    local, dim = node.args[0], node.args[EXCHANGES[node.target]]
+    before, after = local.meta["val"], node.meta["val"]
+    size = after.numel() * after.element_size() * (after.shape[dim] - before.shape[dim]) // after.shape[dim]
+    if node.target is not torch.ops.sp.all_to_all_kv.default:
+        return size
+    head_dim, heads = node.args[6:8]
+    mine, shared = after.shape[head_dim], heads // before.shape[head_dim]
+    read = [len({min(head, heads - 1) // shared for head in range(r * mine, (r + 1) * mine)}) for r in range(parts)]
+    return size * max(read) // mine
+
+
+def describe_differences(largest: dict[str, float]) -> str:
+    rows = [[name, f"{value:.1e}", f"{tolerance(name):.0e}"] for name, value in largest.items()]
+    return tabulate(rows, ["largest difference, any rank", "relative", "allowed"], disable_numparse=True)
+
+
+def describe_times(alone: list[float], sharded: list[float]) -> str:
+    """Median and quartiles of the steps after the first, which compiles."""
+    rows, medians = [], []
+    for name, seconds in (("one device", alone), (f"{dist.get_world_size()} ranks", sharded)):
+        low, median, high = statistics.quantiles([1000 * each for each in seconds[1:]], n=4)
+        rows.append([name, f"{median:.0f}", f"{low:.0f} to {high:.0f}", f"{seconds[0]:.0f}"])
+        medians.append(median)
+    columns = ["one thread each", "median step, ms", "middle half, ms", "first step, s"]
+    table = tabulate(rows, columns, colalign=("left", "right", "right", "right"))
+    return f"{table}\n\n{medians[0] / medians[1]:.2f} times as fast as one device"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""Each pass alone, on programs of five lines: what it finds, what it plans, what it writes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from sp_compile.capture import capture
+from sp_compile.graph import GraphRules
+from sp_compile.passes import find_attention, insert_collectives, propagate
+from sp_compile.plan import ShardingPlan
+from sp_compile.rules import has_rule
+from sp_compile.sharding import REPLICATED, Sharded, whole_layout
+
+from .simulation import fake_world
+
+B, H, S, D = 2, 3, 7, 4
+
+
+def rules_of(function: Callable[..., Any], *args: Tensor) -> tuple[fx.GraphModule, GraphRules]:
+    """The captured graph of a function or module."""
+    graphs: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append(capture(gm, inputs, has_rule).graph_module)
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend, fullgraph=True)(*args)
+    return graphs[0], GraphRules(graphs[0].graph)
+
+
+def plan_of(function: Callable[..., Any], *args: Tensor, parts: int = 2, attention: str = "auto") -> ShardingPlan:
+    _, rules = rules_of(function, *args)
+    return propagate(rules, find_attention(rules), parts, attention)
+
+
+def heads(*shape: int) -> Tensor:
+    return torch.randn(shape, requires_grad=True)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-1, -2) * 0.5).softmax(-1) @ v
+
+
+def softcapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.tanh(q @ k.transpose(-1, -2) / 9) * 9
+    return F.dropout(scores.masked_fill(scores > 8, -1e9).softmax(-1), 0.1) @ v
+
+
+def by_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("bhqk,bhkd->bhqd", torch.einsum("bhqd,bhkd->bhqk", q, k).softmax(-1), v)
+
+
+def by_bmm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.reshape(B * H, S, D) for t in (q, k, v))
+    return torch.bmm(torch.bmm(q, k.mT).softmax(-1), v).view(B, H, S, D)
+
+
+def keys_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return v.mT @ (k @ q.mT).softmax(-2)
+
+
+@pytest.mark.parametrize("attention", [fused, written_out, softcapped, by_einsum, by_bmm, keys_first])
+def test_attention_is_found_however_written(attention: Callable[..., Tensor]) -> None:
+    _, rules = rules_of(attention, heads(B, H, S, D), heads(B, H, S, D), heads(B, H, S, D))
+    (site,) = find_attention(rules)
+    sizes = [rules.shape(rules.operands(end.node)[end.index])[end.dim] for end in (site.query, site.key, site.value)]
+    assert sizes == [S, S, S]
+
+
+def test_query_key_and_value_are_told_apart() -> None:
+    _, rules = rules_of(written_out, heads(1, H, 5, D), heads(1, H, 7, D), heads(1, H, 7, 11))
+    (site,) = find_attention(rules)
+    shapes = [rules.shape(rules.operands(end.node)[end.index]) for end in (site.query, site.key, site.value)]
+    assert shapes == [(1, H, 5, D), (1, H, D, 7), (1, H, 7, 11)]
+
+
+class FeedForward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, 11), nn.Linear(11, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q @ (k.mT @ v)
+
+
+def test_what_is_no_attention_is_not_found() -> None:
+    assert not find_attention(rules_of(FeedForward(), heads(B, S, D))[1])
+    assert not find_attention(rules_of(linear_attention, *(heads(B, H, S, D) for _ in range(3)))[1])
+
+
+class Block(nn.Module):
+    """Attention with `heads` query heads on `kv_heads` KV heads, repeated as `repeat` says."""
+
+    def __init__(self, heads: int = 4, kv_heads: int | None = None, repeat: str = "expand", width: int = 4) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.repeat = heads, kv_heads or heads, repeat
+        self.q = nn.Linear(12, heads * width)
+        self.k = nn.Linear(12, self.kv_heads * width)
+        self.v = nn.Linear(12, self.kv_heads * width)
+        self.o = nn.Linear(heads * width, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q = self.q(x).view(batch, length, self.heads, -1).transpose(1, 2)
+        k, v = (f(x).view(batch, length, self.kv_heads, -1).transpose(1, 2) for f in (self.k, self.v))
+        times = self.heads // self.kv_heads
+        if self.repeat == "expand":
+            k, v = (t[:, :, None].expand(-1, -1, times, -1, -1).reshape(batch, self.heads, length, -1) for t in (k, v))
+        elif self.repeat == "repeat_interleave":
+            k, v = (t.repeat_interleave(times, 1) for t in (k, v))
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.repeat == "flag")
+        return x + self.o(o.transpose(1, 2).reshape(batch, length, -1))
+
+
+def test_the_stream_stays_home_and_only_the_site_moves() -> None:
+    plan = plan_of(Block(), heads(1, 9, 12))
+    home = Sharded(1, whole_layout(9))
+    by_name = {node.name: node for node in plan.nodes}
+    assert plan.placement(by_name["linear"]) == plan.placement(by_name["add"]) == home
+    attention = plan.nodes[by_name["scaled_dot_product_attention"]]
+    assert attention.results() == (Sharded(1, whole_layout(4)),)
+    assert attention.delivered == (Sharded(2, whole_layout(9)),)
+    assert not plan.fallbacks
+
+
+@pytest.mark.parametrize(
+    ("count", "parts", "attention", "strategy"),
+    [
+        (4, 2, "auto", "ulysses"),
+        (3, 2, "auto", "ulysses"),
+        (3, 8, "auto", "all_gather_kv"),
+        (3, 8, "ulysses", "ulysses"),
+        (4, 2, "all_gather_kv", "all_gather_kv"),
+        (4, 2, "replicate", "replicate"),
+    ],
+)
+def test_strategy(count: int, parts: int, attention: str, strategy: str) -> None:
+    plan = plan_of(Block(count), heads(1, 9, 12), parts=parts, attention=attention)
+    assert [site.strategy for site in plan.sites] == [strategy]
+
+
+def test_short_memory_stays_whole() -> None:
+    class Cross(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            memory = torch.arange(20.0).view(1, 1, 5, 4).expand(1, 3, 5, 4)
+            return F.scaled_dot_product_attention(x.sin(), memory, memory)
+
+    plan = plan_of(Cross(), heads(1, 3, 8, 4))
+    assert [site.strategy for site in plan.sites] == ["local"]
+
+
+class Conv(nn.Module):
+    """A depthwise convolution over the tokens before attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x + x.cumsum(1))
+
+
+def test_an_op_that_needs_the_sequence_borrows_the_channels_and_returns() -> None:
+    plan = plan_of(Conv(), heads(1, 9, 12).sin())
+    (node,) = (n for n in plan.nodes if n.name.startswith("cumsum"))
+    assert plan.placement(node) in (Sharded(1, whole_layout(9)), REPLICATED)
+    assert not plan.fallbacks
+
+
+def written(function: nn.Module, *args: Tensor, parts: int = 2, **kwargs: Any) -> fx.GraphModule:
+    module, rules = rules_of(function, *args)
+    plan = propagate(rules, find_attention(rules), parts, "auto")
+    with fake_world(parts):
+        return insert_collectives(module, rules, plan, "0", kwargs.get("gather", True), "parallel").graph_module
+
+
+def counts(module: fx.GraphModule) -> Counter[str]:
+    ops = (n.target for n in module.graph.nodes if isinstance(n.target, torch._ops.OpOverload))
+    return Counter(op._opname for op in ops if op.namespace == "sp")
+
+
+def test_what_is_written_for_a_block() -> None:
+    module = written(Block(), heads(1, 9, 12))
+    assert counts(module) == {"shard": 1, "all_to_all": 4, "all_gather": 1, "replicate": 8}
+    names = [node.name for node in module.graph.nodes]
+    exchanges = [f"gather_seq_scatter_heads_{role}" for role in "qkv"] + ["gather_heads_scatter_seq"]
+    assert [name for name in names if name.startswith("gather_")] == [*exchanges, "gather_output_0"]
+    assert names[-2:] == ["gather_output_0", "output"]
+
+
+@pytest.mark.parametrize("repeat", ["expand", "repeat_interleave", "flag"])
+@pytest.mark.parametrize(("parts", "grouped"), [(2, False), (4, True)])
+def test_kv_heads_are_exchanged_before_they_are_repeated(repeat: str, parts: int, grouped: bool) -> None:
+    module = written(Block(4, 2, repeat), heads(1, 9, 12), parts=parts)
+    exchanged = [n for n in module.graph.nodes if n.name.startswith(("gather_seq_scatter_heads_k", "gather_seq_scatter_heads_v"))]
+    assert len(exchanged) == 2
+    whole = repeat == "flag" and not grouped
+    assert {n.target for n in exchanged} == {torch.ops.sp.all_to_all.default if whole else torch.ops.sp.all_to_all_kv.default}
+    assert counts(module)["all_gather"] == 1
+
+
+def test_a_graph_without_attention_is_not_sharded() -> None:
+    assert not plan_of(FeedForward(), heads(B, S, D)).shards
+
+
+def test_conversions_are_not_shared_across_grad_modes() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.w = Block(), nn.Parameter(torch.randn(12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.block(x)
+            with torch.no_grad():
+                z = y * self.w
+            return y * self.w + z
+
+    module = written(Twice(), heads(1, 9, 12))
+    of_w = [n for n in module.graph.nodes if n.name.startswith("replicate_") and "parameters_w_" in n.name]
+    assert len(of_w) == 2
