@@ -39,7 +39,9 @@ def main() -> None:
     stages = dict(rewritten_graphs()[-1].stages)
     print(f"The program\n\n{inspect.getsource(attention)}")
     print(f"Captured\n\n{without_remarks(stages['capture'])}\n")
-    print(f"On each of 2 ranks (`16 of 32`: the local size of the global one)\n\n{without_remarks(list(stages.values())[-1])}")
+    print(
+        f"On each of 2 ranks (`16 of 32`: the local size of the global one)\n\n{without_remarks(list(stages.values())[-1])}"
+    )
     dist.destroy_process_group()
 
 

@@ -35,7 +35,11 @@ from sp_compile import RewrittenGraph, init_sequence_parallel, rewritten_graphs,
 
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 2e-4
 # What moves rows between ranks, and which argument is the dimension that becomes whole.
-EXCHANGES = {torch.ops.sp.all_to_all.default: 1, torch.ops.sp.all_to_all_kv.default: 2, torch.ops.sp.all_gather.default: 2}
+EXCHANGES = {
+    torch.ops.sp.all_to_all.default: 1,
+    torch.ops.sp.all_to_all_kv.default: 2,
+    torch.ops.sp.all_gather.default: 2,
+}
 
 
 @dataclass
@@ -123,7 +127,9 @@ def train(args: argparse.Namespace) -> bool:
         loss, logits = alone.step(batch) if rank == 0 else (torch.empty(()), torch.empty(1, args.sequence, 256))
         dist.broadcast(loss, 0)
         sp_loss, sp_logits = sharded.step(batch)
-        progress.set_postfix(one_device=f"{loss:.5f}", sequence_parallel=f"{sp_loss:.5f}")
+        progress.set_postfix(
+            {"one device": f"{loss:.5f}", f"{dist.get_world_size()} ranks": f"{sp_loss:.5f}"}, refresh=False
+        )
         worst["loss"] = max(worst["loss"], difference(loss, sp_loss))
         if number == 0:
             gradients = alone.gradients() if rank == 0 else torch.empty(size)
@@ -164,10 +170,11 @@ def describe_attention(graph: RewrittenGraph) -> str:
     rows = []
     for planned, size in zip(graph.plan.sites, moved, strict=False):
         ends = planned.site.query, planned.site.key
-        heads = [end.node.args[end.index].meta["val"].shape[1] for end in ends]
+        values = [graph.plan.nodes[end.node].sources.get(end.index, end.node.args[end.index]) for end in ends]
+        heads = [value.meta["val"].shape[1] for value in values]
         path, _ = [*planned.site.output.meta["nn_module_stack"].values()][-1]
         rows.append([path.removeprefix("L['self']."), *heads, planned.strategy, f"{size:,}"])
-    columns = ["attention", "heads", "KV heads exchanged", "strategy", "bytes received per rank, forward"]
+    columns = ["attention", "heads", "KV heads moved", "strategy", "bytes received per rank, forward"]
     return tabulate(rows, columns, colalign=("left", "right", "right", "left", "right"))
 
 

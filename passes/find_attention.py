@@ -77,7 +77,11 @@ def _written_out(node: fx.Node, rule: OpShardingRule, rules: GraphRules) -> Atte
         return None
     lengths = [Sharded(dim, whole_layout(rules.shape(n)[dim])) for dim, n in zip(dims, operands, strict=False)]
     carried = [
-        _carried(node, rule.carry(side, [lengths[side] if side == at else REPLICATED for at in range(len(operands))])[0], rules)
+        _carried(
+            node,
+            rule.carry(side, [lengths[side] if side == at else REPLICATED for at in range(len(operands))])[0],
+            rules,
+        )
         for side in (0, 1)
     ]
     for last in _after(node):
@@ -89,7 +93,9 @@ def _written_out(node: fx.Node, rule: OpShardingRule, rules: GraphRules) -> Atte
                 between = _between(node, last)
                 if not any(_mixes(each, carried[key], rules) for each in between[1:-1]):
                     continue
-                return AttentionSite(between, SiteOperand(node, 1 - key, query_dim), SiteOperand(node, key, key_dim), value)
+                return AttentionSite(
+                    between, SiteOperand(node, 1 - key, query_dim), SiteOperand(node, key, key_dim), value
+                )
     return None
 
 
@@ -137,9 +143,9 @@ def _mixes(node: fx.Node, keys: Mapping[fx.Node, Placement], rules: GraphRules) 
     rule, operands = rules.rule(node), rules.operands(node)
     placements = [keys.get(operand, REPLICATED) for operand in operands]
     return any(
-        rule is None or not isinstance(sharding := rule.follow(index, placements), OpSharding) or not any(
-            isinstance(result, Sharded) for result in sharding.results
-        )
+        rule is None
+        or not isinstance(sharding := rule.follow(index, placements), OpSharding)
+        or not any(isinstance(result, Sharded) for result in sharding.results)
         for index, placement in enumerate(placements)
         if isinstance(placement, Sharded)
     )

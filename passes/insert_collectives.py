@@ -27,6 +27,7 @@ from torch import fx
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
+from sp_compile.config import SequenceParallelConfig
 from sp_compile.graph import GraphRules, is_tensor
 from sp_compile.plan import ShardingPlan
 from sp_compile.rule import OpCall
@@ -48,7 +49,10 @@ RANK = "sp_rank"
 
 @dataclass(frozen=True)
 class ShardedGraph:
-    """The rewritten graph: Dynamo's placeholders and then `sp_rank`, int64 `[1]`; Dynamo's outputs."""
+    """The rewritten graph: Dynamo's placeholders and then `sp_rank`, int64 `[1]`; Dynamo's outputs.
+
+    Of each output that leaves as a shard, a mask of the rows that are no padding follows behind, bool `[local]`.
+    """
 
     graph_module: fx.GraphModule
     origins: Mapping[str, str]
@@ -58,10 +62,10 @@ class ShardedGraph:
 
 
 def insert_collectives(
-    graph_module: fx.GraphModule, rules: GraphRules, plan: ShardingPlan, group: str, gather_outputs: bool, rng: str
+    graph_module: fx.GraphModule, rules: GraphRules, plan: ShardingPlan, group: str, config: SequenceParallelConfig
 ) -> ShardedGraph:
     """Rewrite a captured graph for the SP group named `group`; the given graph stays as it is."""
-    return _Writer(graph_module, rules, plan, group, gather_outputs, rng).write()
+    return _Writer(graph_module, rules, plan, group, config).write()
 
 
 class _Writer:
@@ -71,11 +75,12 @@ class _Writer:
         rules: GraphRules,
         plan: ShardingPlan,
         group: str,
-        gather_outputs: bool,
-        rng: str,
+        config: SequenceParallelConfig,
     ) -> None:
-        self.graph_module, self.rules, self.plan = graph_module, rules, plan
-        self.group, self.gather_outputs, self.rng = group, gather_outputs, rng
+        self.graph_module, self.rules, self.plan, self.group = graph_module, rules, plan, group
+        self.gather_outputs = config.outputs == "gather"
+        self.local_gradients = config.param_grads == "local"
+        self.rng = config.rng
         self.graph = fx.Graph()
         self.written: dict[fx.Node, fx.Node] = {}
         self.converted: dict[tuple[fx.Node, Placement | str, int], fx.Node] = {}
@@ -120,7 +125,7 @@ class _Writer:
         elif isinstance(value, torch.SymInt) and self._known(size_of(value)):
             return
         elif plan is None or plan.sharding is None:
-            self.written[node] = self._add(node, node.target, *self._arguments(node, []))
+            self.written[node] = self._named(self._add(node, node.target, *self._arguments(node, [])), node.name)
         else:
             local = _GraphOp(self, node)
             body = self.rules.rule(node)
@@ -189,8 +194,15 @@ class _Writer:
             else:
                 outputs.append(self._local_argument(output) if isinstance(output, fx.Node) else output)
             placements.append(placement)
+        outputs += [self._real_rows(each) for each in placements if isinstance(each, Sharded)]
         self.graph.output(tuple(outputs)).meta = dict(node.meta)
         return tuple(placements)
+
+    def _real_rows(self, placement: Sharded) -> fx.Node:
+        sp = torch.ops.sp
+        positions = self.emit(sp.positions.default, self.rank, *self._dim(placement)[1:], self.group)
+        marked = self._on_dim(sp.mask_padding.default, positions, Sharded(0, placement.layout), -1)
+        return self.emit(aten.ge.Scalar, marked, 0)
 
     # Conversions
 
@@ -218,8 +230,12 @@ class _Writer:
         key = (value, "replicate", self.region)
         if key not in self.converted:
             whole = self.convert(value, REPLICATED)
-            if value in self.trained:
-                whole = self._named(self.emit(torch.ops.sp.replicate.default, whole, self.group), f"replicate_{value}", value)
+            if value in self.trained and self.local_gradients and isinstance(value.meta["val"], torch.nn.Parameter):
+                scaled = self.emit(torch.ops.sp.scale_gradient.default, whole, float(self.plan.parts))
+                whole = self._named(scaled, f"scale_gradient_{value}", value)
+            elif value in self.trained:
+                summed = self.emit(torch.ops.sp.replicate.default, whole, self.group)
+                whole = self._named(summed, f"replicate_{value}", value)
             self.converted[key] = whole
         return self.converted[key]
 
@@ -347,7 +363,8 @@ class _GraphOp:
         return self._writer._on_dim(torch.ops.sp.mask_padding.default, value, placement, fill)
 
     def all_reduce(self, value: fx.Node, kind: str = "sum") -> fx.Node:
-        return self.emit(torch.ops.sp.all_reduce.default, value, kind, self._writer.group)
+        reduced = self.emit(torch.ops.sp.all_reduce.default, value, kind, self._writer.group)
+        return self._writer._named(reduced, f"all_reduce_{self._writer.current}")
 
     def shard(self, value: fx.Node, placement: Sharded) -> fx.Node:
         return self._writer._on_dim(torch.ops.sp.shard.default, value, placement)
@@ -357,7 +374,8 @@ class _GraphOp:
         return self.emit(torch.ops.sp.positions.default, self.rank(), *layout, self._writer.group)
 
     def select_rows(self, value: fx.Node, placement: Sharded, index: fx.Node) -> fx.Node:
-        return self._writer._on_dim(torch.ops.sp.select_rows.default, value, placement, index)
+        rows = self._writer._on_dim(torch.ops.sp.select_rows.default, value, placement, index)
+        return self._writer._named(rows, f"select_rows_{self._writer.current}")
 
     def rank(self) -> fx.Node:
         assert self._writer.rank is not None

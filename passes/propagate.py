@@ -263,11 +263,7 @@ class _Planner:
             if node is site.query.node:
                 at_home[site.query.index] = self._placement(operands[site.query.index])
             homes[node] = next(
-                (
-                    home
-                    for index in range(len(operands))
-                    if isinstance(home := rule.carry(index, at_home)[0], Sharded)
-                ),
+                (home for index in range(len(operands)) if isinstance(home := rule.carry(index, at_home)[0], Sharded)),
                 REPLICATED,
             )
             inside[node] = sharding.results[0]

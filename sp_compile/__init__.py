@@ -1,10 +1,10 @@
 """Sequence parallelism as a `torch.compile` backend.
 
-    import torch
-    from sp_compile import init_sequence_parallel, sp_backend
+import torch
+from sp_compile import init_sequence_parallel, sp_backend
 
-    init_sequence_parallel()
-    model = torch.compile(model, backend=sp_backend)
+init_sequence_parallel()
+model = torch.compile(model, backend=sp_backend)
 """
 
 from .backend import sp_backend

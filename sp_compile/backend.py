@@ -26,7 +26,8 @@ from .group import current_epoch, rank_tensor, resolve_group
 from .ops import LOWERING_VERSION
 from .passes import find_attention, insert_collectives, propagate
 from .plan import Fallback, ShardingPlan
-from .rules import has_rule
+from .rules import stays_whole
+from .sharding import Placement, Sharded
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def _compile(
 ) -> Compiled:
     started = time.perf_counter()
     try:
-        captured = capture(gm, example_inputs, has_rule)
+        captured = capture(gm, example_inputs, stays_whole)
     except CaptureError as error:
         if config.strict:
             raise FallbackError(f"{error}; without strict=True this graph runs unsharded") from error
@@ -85,16 +86,25 @@ def _compile(
     _report(plan.fallbacks, config.strict)
     if not plan.shards:
         return _inner_backend(config)(gm, example_inputs)
-    sharded = insert_collectives(
-        captured.graph_module, rules, plan, group.group_name, config.outputs == "gather", config.rng
-    )
+    sharded = insert_collectives(captured.graph_module, rules, plan, group.group_name, config)
     _set_local_values(sharded.graph_module, captured)
     record(captured.graph_module, rules, sites, plan, sharded, config.dump)
     log.info("%s, planned in %.2f s", _summary(plan), time.perf_counter() - started)
     rank = rank_tensor(group, _device(example_inputs))
     with torch.compiler.config.patch(cache_key_tag=_cache_key_tag(group)):
         inner = _inner_backend(config)(sharded.graph_module, [*example_inputs, rank])
-    return lambda *args: inner(*args, rank)
+    return lambda *args: _without_padding(inner(*args, rank), sharded.outputs)
+
+
+def _without_padding(outputs: Sequence[Any], placements: Sequence[Placement]) -> list[Any]:
+    """The outputs of the graph; the last ones are the real rows of each that left as a shard."""
+    kept = list(outputs[: len(placements)])
+    at = [index for index, placement in enumerate(placements) if isinstance(placement, Sharded)]
+    for index, real in zip(at, outputs[len(placements) :], strict=True):
+        placement = placements[index]
+        assert isinstance(placement, Sharded)
+        kept[index] = kept[index].index_select(placement.dim, real.nonzero().flatten())
+    return kept
 
 
 def _inner_backend(config: SequenceParallelConfig) -> Compiled:
@@ -143,5 +153,3 @@ def _summary(plan: ShardingPlan) -> str:
     strategies = [site.strategy for site in plan.sites]
     counts = ", ".join(f"{strategies.count(name)} {name}" for name in dict.fromkeys(strategies)) or "none"
     return f"sharded over {plan.parts} ranks: attention sites: {counts}; fallbacks: {len(plan.fallbacks)}"
-
-

@@ -25,16 +25,20 @@ from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.distributed._local_tensor import LocalTensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 from torch.fx.traceback import preserve_node_meta
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import CheckpointPolicy
 
 from sp_compile.errors import CaptureError, user_line
 
 aten = torch.ops.aten
+
+Keep = Callable[[OpOverload, tuple[Any, ...], dict[str, Any]], bool]
 
 _GRAD_MODE = torch._C._set_grad_enabled
 _ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
@@ -67,10 +71,10 @@ class CapturedGraph:
     mutated_inputs: tuple[int, ...]
 
 
-def capture(gm: GraphModule, example_inputs: Sequence[Any], keep: Callable[[OpOverload], bool]) -> CapturedGraph:
+def capture(gm: GraphModule, example_inputs: Sequence[Any], keep: Keep) -> CapturedGraph:
     """Trace a Dynamo graph to ATen, whole where `keep` says so and decomposed elsewhere.
 
-    `keep(op)` tells of a composite (CompositeImplicitAutograd) operator whether it stays whole; all
+    `keep(op, args, kwargs)` tells of a call of a composite operator whether it stays whole; all
     others are decomposed until none is left. Raises `CaptureError` where meaning would be lost.
     """
     _reject_unsafe_nodes(gm)
@@ -131,6 +135,8 @@ def _fakify(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
     def fakify(x: Any) -> Any:
         if not isinstance(x, torch.Tensor):
             return x
+        if isinstance(x, LocalTensor):
+            return _fakify_simulated(fake_mode, x, contexts.get(x))
         if is_traceable_wrapper_subclass(x):
             raise CaptureError(f"an input is a tensor subclass ({type(x).__name__})")
         symbolic = contexts.get(x)
@@ -145,6 +151,14 @@ def _fakify(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
     return fake_mode, [fakify(x) for x in example_inputs]
 
 
+def _fakify_simulated(fake_mode: FakeTensorMode, x: LocalTensor, symbolic: Any) -> torch.Tensor:
+    """A value of simulated ranks, as one rank has it."""
+    local = next(iter(x._local_tensors.values()))
+    with fake_mode:
+        sizes = x.shape if symbolic is None else fake_mode.from_tensor(x, symbolic_context=symbolic).shape
+        return torch.empty(sizes, dtype=local.dtype, device=local.device, requires_grad=x.requires_grad)
+
+
 class _HiddenGradMode(Exception):
     """A gradient mode that no node of the graph sets: below a custom autograd.Function, or inside
     the C++ code of the composite operator `op`."""
@@ -156,7 +170,7 @@ class _HiddenGradMode(Exception):
 class _Functionalize(FunctionalTensorMode):
     """Functionalises, decomposes composite operators, and watches over what autograd would lose."""
 
-    def __init__(self, whole: Callable[[OpOverload], bool], needs_grad: bool) -> None:
+    def __init__(self, whole: Keep, needs_grad: bool) -> None:
         super().__init__(pre_dispatch=True, export=False)
         self.grad_mode = torch.is_grad_enabled()
         self._whole = whole
@@ -169,7 +183,7 @@ class _Functionalize(FunctionalTensorMode):
             return False
         if any(a.alias_info is not None for a in func._schema.arguments):
             return True  # no functionalisation kernel
-        return not self._whole(func) and not _has_autocast_policy(func, args)
+        return not self._whole(func, args, kwargs) and not _has_autocast_policy(func, args)
 
     def __torch_dispatch__(
         self,
@@ -290,7 +304,7 @@ def _trace(
     gm: GraphModule,
     fake_mode: FakeTensorMode,
     inputs: Sequence[Any],
-    keep: Callable[[OpOverload], bool],
+    keep: Keep,
 ) -> tuple[GraphModule, tuple[int, ...], dict[int, int]]:
     """Returns the graph, whose outputs are Dynamo's and then the mutated inputs; which inputs those
     are; and which outputs (position → input) are such an input itself."""
@@ -303,7 +317,7 @@ def _trace(
 
     def functional(*args: Any) -> list[Any]:
         nonlocal mutated, returned
-        mode = _Functionalize(lambda op: op in whole or keep(op), needs_grad)
+        mode = _Functionalize(lambda op, *call: op in whole or keep(op, *call), needs_grad)
         below = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
         with torch._C._ExcludeDispatchKeyGuard(below), mode:
             wrapped = [FunctionalTensor.to_functional(a) if isinstance(a, torch.Tensor) else a for a in args]

@@ -73,15 +73,11 @@ class SequenceParallelConfig:
         if self.dump is not None and not isinstance(self.dump, str | os.PathLike):
             raise ConfigurationError(_wrong_type("dump", self.dump, "the path of a folder or None"))
         if self.group is not None and not isinstance(self.group, ProcessGroup | DeviceMesh):
-            raise ConfigurationError(
-                _wrong_type("group", self.group, "a ProcessGroup, a DeviceMesh or None")
-            )
+            raise ConfigurationError(_wrong_type("group", self.group, "a ProcessGroup, a DeviceMesh or None"))
         if isinstance(self.inner_backend, str):
             _check_backend_name(self.inner_backend)
         elif not callable(self.inner_backend):
-            raise ConfigurationError(
-                _wrong_type("inner_backend", self.inner_backend, "a name or a callable")
-            )
+            raise ConfigurationError(_wrong_type("inner_backend", self.inner_backend, "a name or a callable"))
 
     @classmethod
     def from_options(cls, options: Mapping[str, object] | None) -> SequenceParallelConfig:
@@ -94,8 +90,7 @@ class SequenceParallelConfig:
         for name in given:
             if name not in names:
                 raise ConfigurationError(
-                    f"unknown option {name!r}{_suggestion(name, names)} "
-                    f"The options are {', '.join(names)}."
+                    f"unknown option {name!r}{_suggestion(name, names)} The options are {', '.join(names)}."
                 )
         return cls(**given)
 
@@ -114,9 +109,7 @@ def _check_backend_name(name: str) -> None:
 
 def _wrong_value(name: str, value: object, choices: Collection[str], also: str = "") -> str:
     listed = ", ".join(map(repr, choices))
-    return (
-        f"option {name!r} is {value!r}{_suggestion(value, choices)} It takes {also}one of {listed}."
-    )
+    return f"option {name!r} is {value!r}{_suggestion(value, choices)} It takes {also}one of {listed}."
 
 
 def _wrong_type(name: str, value: object, takes: str) -> str:

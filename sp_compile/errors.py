@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch.fx import Node
 
+
 class SequenceParallelError(RuntimeError):
     """Base of every error of `sp_compile`; its text says what was met, where, and what to do."""
 

@@ -113,4 +113,3 @@ class GraphRules:
             if isinstance(value, FakeTensor):
                 return value.fake_mode.shape_env
         return None
-

@@ -42,9 +42,7 @@ class SequenceParallelState:
 _state = SequenceParallelState(epoch=0)
 
 
-def init_sequence_parallel(
-    sequence_parallel_size: int | None = None, *, device_mesh: DeviceMesh | None = None
-) -> None:
+def init_sequence_parallel(sequence_parallel_size: int | None = None, *, device_mesh: DeviceMesh | None = None) -> None:
     """Make the SP group and the data-parallel group of this rank. Every rank of the world calls it.
 
     Under `torchrun` without a process group it initialises one: nccl where there are GPUs (the
@@ -172,9 +170,7 @@ def rank_tensor(group: ProcessGroup, device: torch.device | str) -> Tensor:
     # The simulator's own view of a group and its siblings: member = offset of a sibling + rank.
     ranks, sibling_offsets, _ = _prepare_collective_groups(group)
     place = {start + rank: i for start in sibling_offsets for i, rank in enumerate(ranks)}
-    return simulator.rank_map(
-        lambda rank: torch.tensor([place[rank]], dtype=torch.int64, device=device)
-    )
+    return simulator.rank_map(lambda rank: torch.tensor([place[rank]], dtype=torch.int64, device=device))
 
 
 def _live_state() -> SequenceParallelState:
@@ -205,8 +201,7 @@ def _contiguous_groups(size: int | None) -> list[list[int]]:
     if size < 1 or world_size % size:
         valid = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
         raise ConfigurationError(
-            f"sequence_parallel_size={size} does not divide the {world_size} ranks of the world. "
-            f"It may be {valid}."
+            f"sequence_parallel_size={size} does not divide the {world_size} ranks of the world. It may be {valid}."
         )
     return [list(range(first, first + size)) for first in range(0, world_size, size)]
 

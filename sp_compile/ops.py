@@ -305,6 +305,17 @@ class _Replicate(_Function):
         return _Sum.run(grad, ctx.group), None
 
 
+class _ScaleGradient(_Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad * ctx.factor, None
+
+
 class _Extremum(_Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: str, group: str) -> Tensor:
@@ -474,6 +485,15 @@ def replicate(x: Tensor, group: str) -> Tensor:
     Backward `sum_r(g_r)`, in float32 for half types (Korthikanti et al. 2022).
     """
     return _Replicate.run(x, group)
+
+
+@_op("scale_gradient(Tensor x, float factor) -> Tensor")
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """A parameter on its way into sharded work whose gradient somebody else averages over ranks: `y = x`.
+
+    Backward `P g_r` for `factor` P: the average over ranks is then what `replicate` would have summed.
+    """
+    return _ScaleGradient.run(x, factor)
 
 
 @_op(f"mask_padding(Tensor x, Tensor rank, {_LAYOUT}, Scalar fill, str group) -> Tensor")

@@ -93,5 +93,3 @@ class ShardingPlan:
     def shards(self) -> bool:
         """Whether anything is sharded at all."""
         return any(plan.sharding is not None for plan in self.nodes.values())
-
-

@@ -100,9 +100,7 @@ class GlooPool:
         rendezvous = Path(tempfile.mkdtemp(prefix="sp_compile_gloo_")) / "store"
         for rank in range(self.world_size):
             ours, theirs = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(
-                target=_serve, args=(rank, self.world_size, rendezvous, theirs), daemon=True
-            )
+            process = _CONTEXT.Process(target=_serve, args=(rank, self.world_size, rendezvous, theirs), daemon=True)
             process.start()
             theirs.close()
             self._ranks.append((process, ours))

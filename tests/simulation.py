@@ -25,9 +25,7 @@ def fake_world(world_size: int, rank: int = 0) -> Iterator[None]:
 
 
 @contextmanager
-def simulate(
-    world_size: int, sequence_parallel_size: int | None = None
-) -> Iterator[LocalTensorMode]:
+def simulate(world_size: int, sequence_parallel_size: int | None = None) -> Iterator[LocalTensorMode]:
     """Run the body as `world_size` ranks at once, in SP groups of P (default: one group).
 
     Tensors made inside are `LocalTensor`s, with a value per rank in `_local_tensors[rank]`; plain

@@ -34,6 +34,10 @@ WHOLE = {
 Step = tuple[list[Any], list[Any], list[Any], list[Any]]
 
 
+def stays_whole(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return op in WHOLE
+
+
 class Program(nn.Module):
     """`f(modules, *inputs)` as a module."""
 
@@ -71,7 +75,7 @@ def run(
     captured: list[CapturedGraph] = []
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> GraphModule:
-        captured.append(capture(gm, example_inputs, WHOLE.__contains__))
+        captured.append(capture(gm, example_inputs, stays_whole))
         change(captured[-1].graph_module)
         captured[-1].graph_module.recompile()
         return captured[-1].graph_module
@@ -309,7 +313,7 @@ def saved_for_backward(tagged: bool) -> int:
         return gm
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> Any:
-        graph = capture(gm, example_inputs, WHOLE.__contains__).graph_module
+        graph = capture(gm, example_inputs, stays_whole).graph_module
         policies = [node.meta.get("recompute") for node in graph.graph.nodes]
         assert CheckpointPolicy.PREFER_RECOMPUTE in policies
         for node in graph.graph.nodes:
@@ -345,7 +349,7 @@ def test_user_line_and_dynamo_names() -> None:
     names: list[list[str]] = []
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> GraphModule:
-        graph = capture(gm, example_inputs, WHOLE.__contains__).graph_module
+        graph = capture(gm, example_inputs, stays_whole).graph_module
         node = graph.graph.find_nodes(op="call_function", target=aten.linear.default)[0]
         assert re.match(r"test_capture\.py:\d+ in without_gradient: y = m\[0\]", user_line(node))
         names.extend([n.name for n in g.graph.find_nodes(op="placeholder")] for g in (gm, graph))
@@ -407,7 +411,7 @@ def test_what_would_lose_meaning_is_refused(name: str) -> None:
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> GraphModule:
         with pytest.raises(CaptureError, match=reason):
-            capture(gm, example_inputs, WHOLE.__contains__)
+            capture(gm, example_inputs, stays_whole)
         return gm
 
     torch._dynamo.reset()
@@ -422,7 +426,7 @@ def test_inputs_that_share_memory_may_not_be_written_to() -> None:
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> GraphModule:
         with pytest.raises(CaptureError, match=r"L_x_ .*shares its memory with input L_y_"):
-            capture(gm, example_inputs, WHOLE.__contains__)
+            capture(gm, example_inputs, stays_whole)
         return gm
 
     torch._dynamo.reset()

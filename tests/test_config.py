@@ -34,13 +34,11 @@ def test_options_arrive_and_the_result_is_frozen() -> None:
         ),
         (
             {"outputs": "gathered"},
-            "option 'outputs' is 'gathered'; did you mean 'gather'? "
-            "It takes one of 'gather', 'shard'.",
+            "option 'outputs' is 'gathered'; did you mean 'gather'? It takes one of 'gather', 'shard'.",
         ),
         (
             {"attention": "ring"},
-            "option 'attention' is 'ring'. "
-            "It takes one of 'auto', 'ulysses', 'all_gather_kv', 'replicate'.",
+            "option 'attention' is 'ring'. It takes one of 'auto', 'ulysses', 'all_gather_kv', 'replicate'.",
         ),
         (
             {"param_grads": None},

@@ -216,9 +216,7 @@ def place_and_sum(factor: int) -> tuple[int, int, list[int]]:
 
 def ddp_gradient() -> list[float]:
     sp.init_sequence_parallel(1)
-    model = DistributedDataParallel(
-        torch.nn.Linear(2, 1), process_group=sp.get_data_parallel_group()
-    )
+    model = DistributedDataParallel(torch.nn.Linear(2, 1), process_group=sp.get_data_parallel_group())
     model(torch.full((1, 2), 1.0 + 2.0 * sp.get_data_parallel_rank())).sum().backward()
     gradient = model.module.weight.grad
     assert gradient is not None

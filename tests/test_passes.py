@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sp_compile.capture import capture
+from sp_compile.config import SequenceParallelConfig
 from sp_compile.graph import GraphRules
 from sp_compile.passes import find_attention, insert_collectives, propagate
 from sp_compile.plan import ShardingPlan
-from sp_compile.rules import has_rule
+from sp_compile.rules import stays_whole
 from sp_compile.sharding import REPLICATED, Sharded, whole_layout
 
 from .simulation import fake_world
@@ -28,7 +29,7 @@ def rules_of(function: Callable[..., Any], *args: Tensor) -> tuple[fx.GraphModul
     graphs: list[fx.GraphModule] = []
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        graphs.append(capture(gm, inputs, has_rule).graph_module)
+        graphs.append(capture(gm, inputs, stays_whole).graph_module)
         return gm.forward
 
     torch._dynamo.reset()
@@ -183,11 +184,11 @@ def test_an_op_that_needs_the_sequence_borrows_the_channels_and_returns() -> Non
     assert not plan.fallbacks
 
 
-def written(function: nn.Module, *args: Tensor, parts: int = 2, **kwargs: Any) -> fx.GraphModule:
+def written(function: nn.Module, *args: Tensor, parts: int = 2, **options: Any) -> fx.GraphModule:
     module, rules = rules_of(function, *args)
     plan = propagate(rules, find_attention(rules), parts, "auto")
     with fake_world(parts):
-        return insert_collectives(module, rules, plan, "0", kwargs.get("gather", True), "parallel").graph_module
+        return insert_collectives(module, rules, plan, "0", SequenceParallelConfig(**options)).graph_module
 
 
 def counts(module: fx.GraphModule) -> Counter[str]:
@@ -208,10 +209,14 @@ def test_what_is_written_for_a_block() -> None:
 @pytest.mark.parametrize(("parts", "grouped"), [(2, False), (4, True)])
 def test_kv_heads_are_exchanged_before_they_are_repeated(repeat: str, parts: int, grouped: bool) -> None:
     module = written(Block(4, 2, repeat), heads(1, 9, 12), parts=parts)
-    exchanged = [n for n in module.graph.nodes if n.name.startswith(("gather_seq_scatter_heads_k", "gather_seq_scatter_heads_v"))]
+    exchanged = [
+        n for n in module.graph.nodes if n.name.startswith(("gather_seq_scatter_heads_k", "gather_seq_scatter_heads_v"))
+    ]
     assert len(exchanged) == 2
     whole = repeat == "flag" and not grouped
-    assert {n.target for n in exchanged} == {torch.ops.sp.all_to_all.default if whole else torch.ops.sp.all_to_all_kv.default}
+    assert {n.target for n in exchanged} == {
+        torch.ops.sp.all_to_all.default if whole else torch.ops.sp.all_to_all_kv.default
+    }
     assert counts(module)["all_gather"] == 1
 
 

@@ -18,7 +18,8 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from sp_compile.rule import Joined, OpCall, OpSharding, OpShardingRule
-from sp_compile.rules import has_rule, rule_for
+from sp_compile.rules import rule_for
+from sp_compile.rules.registry import has_rule
 from sp_compile.rules.registry import _RULES
 from sp_compile.sharding import REPLICATED, Layout, Placement, Segment, Sharded, local_shape
 from tests.simulation import simulate
@@ -492,7 +493,7 @@ def _cases() -> Iterator[Case]:
     yield case(aten._fused_rms_norm.default, f(2, 5, 7), [7], f(7), 1e-6)
     yield case(aten.group_norm.default, f(5, 6, 7), 3, f(6), f(6))
     yield case(aten.native_group_norm.default, f(5, 6, 7), f(6), f(6), 5, 6, 7, 3, 1e-5)
-    for target in (aten.softmax.int, aten.log_softmax.int):
+    for target in (aten.softmax.int, aten.log_softmax.int, aten._safe_softmax.default):
         yield case(target, f(2, 5, 7), -1)
         yield case(target, f(2, 5, 7), 1, torch.float64)
     for target in (aten._softmax.default, aten._log_softmax.default):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -11,7 +12,7 @@ from torch import fx
 from ..rule import Body, Dim, LocalOp, OpCall, OpShardingRule
 from ..sharding import Sharded, Size, exact_quotient
 from .dims import fit
-from .registry import rule
+from .registry import decomposed_when, rule
 
 aten = torch.ops.aten
 
@@ -30,16 +31,17 @@ class AttentionRoles:
 ATTENTION = {aten.scaled_dot_product_attention.default: AttentionRoles()}
 
 
-def is_attention(target: object) -> bool:
-    """Whether an op is a fused attention, with roles in `ATTENTION`."""
-    return target in ATTENTION
+@decomposed_when(aten.scaled_dot_product_attention.default)
+def _drops(arguments: Mapping[str, Any]) -> bool:
+    """A fused kernel draws its dropout from the generator, alike on every rank; written out it is `aten.dropout`."""
+    return bool(arguments.get("dropout_p", 0))
 
 
 @rule(aten.scaled_dot_product_attention.default)
 def attention_rule(call: OpCall) -> OpShardingRule | None:
     """Batch, heads and queries pass; keys and the head dimension of q and k have to be whole.
 
-    None with active dropout: its mask would be the same on every rank. Decomposed, it is an `aten.dropout`.
+    None with active dropout, which `_drops` has captured in parts.
     """
     result = call.results[0]
     if result is None or call["dropout_p"] != 0:

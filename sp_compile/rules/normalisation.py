@@ -54,4 +54,5 @@ rule(
     aten._softmax.default,
     aten.log_softmax.int,
     aten._log_softmax.default,
+    aten._safe_softmax.default,
 )(one_whole_dim_rule)

@@ -33,7 +33,8 @@ def dropout_rule(call: OpCall) -> OpShardingRule | None:
             kept = local.shard(local.emit(aten.bernoulli.p, whole, 1 - p), placement)
         else:
             seed = local.emit(aten.randint.low, 0, 2**62, [1], dtype=torch.int64, device=spec.device)
-            kept = local.emit(random_ops.bernoulli, value, seed, local.rank(), 1 - p)
+            like = local.emit(aten.detach.default, value)
+            kept = local.emit(random_ops.bernoulli, like, seed, local.rank(), 1 - p)
         noise = local.emit(aten.div.Scalar, kept, 1 - p)
         return local.emit(aten.mul.Tensor, value, noise)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
@@ -13,7 +14,10 @@ from ..rule import OpCall, OpShardingRule, parse_rule
 RuleFunction = Callable[[OpCall], OpShardingRule | None]
 """None: this call (by its arguments) has no rule; the op is need-replication in every factor."""
 
+Predicate = Callable[[Mapping[str, Any]], bool]
+
 _RULES: dict[OpOverload, RuleFunction] = {}
+_DECOMPOSED: dict[OpOverload, Predicate] = {}
 
 
 def rule(*targets: OpOverload) -> Callable[[RuleFunction], RuleFunction]:
@@ -46,6 +50,26 @@ def has_rule(target: OpOverload) -> bool:
 
 def _is_pointwise(target: OpOverload) -> bool:
     return torch.Tag.pointwise in target.tags and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def decomposed_when(target: OpOverload) -> Callable[[Predicate], Predicate]:
+    """Register a test of a call's arguments: where it holds, the op is captured in parts, which have rules."""
+
+    def register(predicate: Predicate) -> Predicate:
+        _DECOMPOSED[target] = predicate
+        return predicate
+
+    return register
+
+
+def stays_whole(target: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of a composite op is captured as one node: it has a rule that serves its arguments."""
+    if not has_rule(target):
+        return False
+    if target not in _DECOMPOSED:
+        return True
+    names = [argument.name for argument in target._schema.arguments]
+    return not _DECOMPOSED[target]({**dict(zip(names, args, strict=False)), **kwargs})
 
 
 def rule_for(call: OpCall) -> OpShardingRule | None:
