@@ -35,13 +35,11 @@ def main() -> None:
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     init_sequence_parallel()
     compiled = torch.compile(attention, backend=sp_backend, options={"inner_backend": "eager"})
-    compiled(torch.randn(1, 32, 64), torch.randn(192, 64, requires_grad=True), torch.randn(64, 64, requires_grad=True))
-    stages = dict(rewritten_graphs()[-1].stages)
-    print(f"The program\n\n{inspect.getsource(attention)}")
-    print(f"Captured\n\n{without_remarks(stages['capture'])}\n")
-    print(
-        f"On each of 2 ranks (`16 of 32`: the local size of the global one)\n\n{without_remarks(list(stages.values())[-1])}"
-    )
+    compiled(torch.randn(1, 32, 64), *(torch.randn(rows, 64, requires_grad=True) for rows in (192, 64)))
+    (_, before), *_, (_, after) = rewritten_graphs()[-1].stages
+    print(f"# The program\n\n{inspect.getsource(attention)}")
+    print(f"# Its graph\n\n{without_remarks(before)}\n")
+    print(f"# On each of 2 ranks; `16 of 32` is the local size of the global one\n\n{without_remarks(after)}")
     dist.destroy_process_group()
 
 

@@ -61,7 +61,7 @@ def sp_backend(
 
     def run(*args: Any) -> Any:
         if config.group is None and current_epoch() != epoch:
-            # Dynamo does not guard on the group: run this call anew, and let it compile the next.
+            # The user destroyed the world without a word to us: compile this call anew, and then all others.
             torch._dynamo.reset()
             return sp_backend(gm, args, options=options)(*args)
         return compiled(*args)

@@ -71,6 +71,7 @@ def init_sequence_parallel(sequence_parallel_size: int | None = None, *, device_
         [list(ranks) for ranks in zip(*sp_groups, strict=True)], group_desc="data_parallel"
     )
     _state = SequenceParallelState(_state.epoch + 1, group, data_parallel_group, dist.group.WORLD)
+    torch._dynamo.reset()  # Dynamo does not guard on the group: what was compiled before compiles anew
 
 
 def destroy_sequence_parallel() -> None:
@@ -84,6 +85,7 @@ def destroy_sequence_parallel() -> None:
     if state.group is None:
         return
     _state = SequenceParallelState(state.epoch + 1)
+    torch._dynamo.reset()
     dist.destroy_process_group(state.group)
     dist.destroy_process_group(state.data_parallel_group)
 

@@ -1,0 +1,329 @@
+"""The whole road on simulated ranks: right on every rank, and moved what it should."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sp_compile import FallbackError, ops, register_sharding_rule, rewritten_graphs, sp_backend
+
+from .equivalence import assert_equivalent, collectives, differences, run_simulated, step
+from .models import MODELS, gpt2, inputs_of, llama
+from .simulation import fake_world
+from .test_passes import Block
+
+LAYER = ["gather_seq_scatter_heads_q", "gather_seq_scatter_heads_k", "gather_seq_scatter_heads_v"]
+LAYER += ["gather_heads_scatter_seq"]
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+def kinds(graph: Any) -> list[str]:
+    """The collectives of a graph without the numbers that tell layers apart."""
+    return [name.rstrip("0123456789").rstrip("_") if name[-1].isdigit() else name for name in collectives(graph)]
+
+
+@pytest.mark.parametrize(("parts", "length"), [(2, 8), (2, 33), (3, 7), (4, 6), (4, 3)])
+@pytest.mark.parametrize("heads", [4, 3])
+def test_a_block_is_right_and_moves_only_its_site(heads: int, parts: int, length: int) -> None:
+    (graph,) = assert_equivalent(Block(heads, repeat="flag").double(), (tokens(1, length, 12),), parts=parts)
+    assert collectives(graph) == [*LAYER, "gather_output_0"]
+
+
+def test_a_single_token_is_nothing_to_shard() -> None:
+    assert_equivalent(Block().double(), (tokens(1, 1, 12),), parts=4, must_shard=False)
+
+
+@pytest.mark.parametrize("repeat", ["expand", "repeat_interleave", "flag"])
+@pytest.mark.parametrize(("heads", "kv_heads", "parts"), [(4, 2, 2), (4, 1, 4), (6, 2, 4), (6, 3, 2), (12, 12, 8)])
+def test_grouped_heads(repeat: str, heads: int, kv_heads: int, parts: int) -> None:
+    module = Block(heads, kv_heads, repeat).double()
+    (graph,) = assert_equivalent(module, (tokens(2, 9, 12),), parts=parts)
+    if repeat == "flag" and kv_heads == 1:  # every rank reads the one KV head
+        assert collectives(graph) == [LAYER[0], "all_gather_transpose_1", "all_gather_transpose_2", LAYER[3], "gather_output_0"]
+    else:
+        assert collectives(graph) == [*LAYER, "gather_output_0"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("parts", "length"), [(4, 32), (4, 33)])
+def test_model(name: str, parts: int, length: int) -> None:
+    model = MODELS[name]().double()
+    (graph,) = assert_equivalent(model, (), inputs_of(name, length, torch.float64), parts=parts, tolerance=1e-6)
+    moved = collectives(graph)
+    assert len([m for m in moved if m.startswith(tuple(LAYER))]) == 8
+    assert not [m for m in moved if m.startswith("all_gather")]
+    assert not graph.plan.fallbacks
+
+
+def test_the_loss_alone_moves_no_logits() -> None:
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = llama()
+
+        def forward(self, **inputs: Tensor) -> Tensor:
+            loss: Tensor = self.model(use_cache=False, **inputs).loss
+            return loss
+
+    (graph,) = assert_equivalent(Loss().double(), (), inputs_of("llama", 33), parts=3, tolerance=1e-6)
+    rest = [name for name in collectives(graph) if not name.startswith(tuple(LAYER))]
+    assert rest == ["all_reduce_cross_entropy_loss"]
+    (node,) = (n for n in graph.rewritten.graph.nodes if n.name == rest[0])
+    assert node.meta["val"].numel() <= 2
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "parts"), [(3, 3, 2), (12, 12, 8), (4, 1, 4), (6, 2, 4)])
+def test_llama_heads(heads: int, kv_heads: int, parts: int) -> None:
+    model = llama(heads, kv_heads).double()
+    assert_equivalent(model, (), inputs_of("llama", 9), parts=parts, tolerance=1e-6)
+
+
+class Encoder(nn.Module):
+    """`nn.TransformerEncoderLayer`, batch second, with a padding mask."""
+
+    def __init__(self, norm_first: bool) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(12, 3, 17, dropout=0.0, norm_first=norm_first)
+
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        result: Tensor = self.layer(x, src_key_padding_mask=hidden)
+        return result
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_transformer_encoder_layer(norm_first: bool) -> None:
+    hidden = torch.zeros(2, 7, dtype=torch.bool)
+    hidden[1, 4:] = True
+    (graph,) = assert_equivalent(Encoder(norm_first).double(), (tokens(7, 2, 12), hidden), parts=3)
+    assert collectives(graph) == [*LAYER, "gather_output_0"]
+
+
+class Weights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        out, weights = self.attention(x, x, x)
+        return x + out, weights
+
+
+def test_multihead_attention_with_weights() -> None:
+    (graph,) = assert_equivalent(Weights().double(), (tokens(2, 7, 12),), parts=2)
+    assert collectives(graph)[:3] == LAYER[:3]
+
+
+@pytest.mark.parametrize("attention", ["ulysses", "all_gather_kv", "replicate"])
+@pytest.mark.parametrize("heads", [4, 3])
+def test_every_strategy_is_right(attention: str, heads: int) -> None:
+    graphs = assert_equivalent(Block(heads).double(), (tokens(1, 7, 12),), parts=4, options={"attention": attention})
+    assert [site.strategy for site in graphs[0].plan.sites] == [attention]
+
+
+@pytest.mark.parametrize("lengths", [(8, 9, 13, 5)])
+def test_one_dynamic_graph_serves_all_lengths(lengths: tuple[int, ...]) -> None:
+    for length in lengths:
+        (graph,) = assert_equivalent(Block(3).double(), (tokens(2, length, 12),), parts=3, dynamic=True)
+        assert "floordiv" in str(graph)
+
+
+class TwoHalves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Block(), Block(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(y).tanh()
+
+
+def test_two_graphs() -> None:
+    graphs = assert_equivalent(TwoHalves().double(), (tokens(1, 7, 12),), parts=3)
+    assert [collectives(graph) for graph in graphs] == [[*LAYER, "gather_output_0"]] * 2
+
+
+# Planted wrongs: each must be noticed by the comparison
+
+
+class Shifted(nn.Module):
+    """A block whose loss masks, sums over tokens, and uses a weight inside and outside of `no_grad`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.scale = Block(3), nn.Parameter(torch.randn(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x)
+        with torch.no_grad():
+            z = y * self.scale
+        return (y * self.scale + z).sum((0, 1)).tanh() * self.scale
+
+
+def _no_sum(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return grad, None
+
+
+def _repeating(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def exchange(x: Tensor, gather: Any, scatter: Any, group: str, zero: bool) -> Tensor:
+        return kernel(x, gather, scatter, group, False)
+
+    return exchange
+
+
+def _unmasked(x: Tensor, dim: int, keep: Tensor, fill: float = 0) -> Tensor:
+    return x
+
+
+@pytest.mark.parametrize(
+    "mutant", ["replicate backward", "exchange backward", "padding mask", "shared across grad modes"]
+)
+def test_standing_controls_are_noticed(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if mutant == "replicate backward":
+        monkeypatch.setattr(ops._Replicate, "backward", staticmethod(_no_sum))
+    elif mutant == "exchange backward":
+        monkeypatch.setattr(ops, "_exchange", _repeating(ops._exchange))
+    elif mutant == "padding mask":
+        monkeypatch.setattr(ops, "_fill", _unmasked)
+    else:
+        writer = sys.modules["sp_compile.passes.insert_collectives"]
+            monkeypatch.setattr(writer, "_has_value", lambda node: True)
+    module = Shifted().double()
+    args = (tokens(1, 7, 12),)
+    got, _ = run_simulated(module, args, parts=4)
+    errors = differences(step(module, module, args, {}), got, 4)
+    assert max(errors.values()) > 1e-3
+
+
+def test_the_controls_program_is_right() -> None:
+    assert_equivalent(Shifted().double(), (tokens(1, 7, 12),), parts=4)
+
+
+# Randomness
+
+
+class Dropped(nn.Module):
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.block, self.p = Block(), p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.block(x), self.p)
+
+
+def test_exact_random_numbers_are_those_of_one_device() -> None:
+    module = Dropped(0.5).double()
+    args = (tokens(1, 7, 12),)
+    torch.manual_seed(3)
+    expected = step(module, module, args, {})
+    torch.manual_seed(3)
+    got, _ = run_simulated(module, args, parts=3, options={"rng": "exact"})
+    assert max(differences(expected, got, 3).values()) < 1e-9
+
+
+def test_parallel_random_numbers_differ_between_ranks_and_keep_their_rate() -> None:
+    class Ones(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout((self.block(x) * 0 + 1).repeat(1, 1, 4000), 0.3)
+
+    got, graphs = run_simulated(Ones().double(), (tokens(1, 8, 12),), parts=2)
+    assert any(node.target is torch.ops.sp.bernoulli.default for node in graphs[0].rewritten.graph.nodes)
+    value = got.values["output 0"]
+    rank0, rank1 = (value._local_tensors[rank] for rank in (0, 1))  # type: ignore[union-attr]
+    assert torch.equal(rank0, rank1)
+    kept = rank0[0] != 0
+    assert abs(kept.double().mean() - 0.7) < 0.01
+    assert not torch.equal(kept[:4], kept[4:])
+
+
+def test_gpt2_with_dropout_stays_sharded() -> None:
+    model = gpt2(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1).double()
+    _, (graph,) = run_simulated(model, (), inputs_of("gpt2", 9), parts=2)
+    assert not graph.plan.fallbacks
+    assert [site.strategy for site in graph.plan.sites] == ["ulysses", "ulysses"]
+
+
+# Fallbacks, options, printing
+
+
+class Sorted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x)
+        return torch.fft.fft(y.sort(1).values, dim=-1).real + y
+
+
+def test_what_has_no_rule_runs_on_gathered_values_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "sp_compile"):
+        graphs = assert_equivalent(Sorted().double(), (tokens(1, 7, 12),), parts=3)
+    assert graphs[0].plan.fallbacks
+    assert "runs on gathered values" in caplog.text
+    assert "test_backend.py" in caplog.text
+
+
+def test_strict_refuses_with_the_line() -> None:
+    with pytest.raises(Exception, match=r"runs on gathered values.*test_backend\.py") as caught:
+        run_simulated(Sorted().double(), (tokens(1, 7, 12),), parts=3, options={"strict": True})
+    assert isinstance(caught.value.__cause__ or caught.value, FallbackError) or "FallbackError" in str(caught.value)
+
+
+def test_a_registered_rule_is_used() -> None:
+    @torch.library.custom_op("sp_test::double", mutates_args=())
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    double.register_fake(lambda x: torch.empty_like(x))
+    register_sharding_rule(torch.ops.sp_test.double, "... -> ...")
+
+    class Custom(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return double(self.block(x).detach())
+
+    _, (graph,) = run_simulated(Custom().double(), (tokens(1, 7, 12),), parts=2)
+    assert not graph.plan.fallbacks
+
+
+def test_a_graph_with_nothing_to_shard_goes_to_the_inner_backend_as_it_is() -> None:
+    seen: list[Any] = []
+
+    def inner(gm: Any, inputs: Any) -> Any:
+        seen.append(gm)
+        return gm.forward
+
+    model = nn.Linear(3, 5)
+    with fake_world(1):
+        torch._dynamo.reset()
+        torch.compile(model, backend=lambda gm, x: sp_backend(gm, x, options={"inner_backend": inner}))(torch.ones(2, 3))
+    assert not [node for node in seen[0].graph.nodes if "sp." in str(node.target)]
+    graphs = assert_equivalent(model.double(), (tokens(2, 3),), must_shard=False)
+    assert not graphs
+
+
+def test_dump_and_rewritten_graphs(tmp_path: Path) -> None:
+    run_simulated(Block().double(), (tokens(1, 7, 12),), parts=2, options={"dump": str(tmp_path)})
+    names = sorted(path.name.split(".", 1)[1] for path in tmp_path.iterdir())
+    assert names == ["0_capture.txt", "1_find_attention.txt", "2_propagate.txt", "3_insert_collectives.txt"]
+    text = str(rewritten_graphs()[-1])
+    assert "4 of 7" in text and "gather_seq_scatter_heads_q" in text and "test_passes.py" in text

@@ -1,0 +1,54 @@
+"""The examples run as a user runs them, and refuse a result that is wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(script: str, *args: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, str(ROOT / "examples" / script), *args]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_print_graph_shows_the_exchanges_of_ulysses() -> None:
+    before, after = run("print_graph.py").split("# On each of 2 ranks")
+    assert "aten.scaled_dot_product_attention" in before and "sp." not in before
+    assert after.count("sp.all_to_all") == 4
+    assert "gather_seq_scatter_heads_q: f32[1, 2 of 4, 32, 16]" in after
+    assert after.splitlines()[-1] == "return [gather_output_0]"
+
+
+@pytest.mark.slow
+def test_quickstart_trains_as_one_device_does() -> None:
+    tiny = ["--layers", "1", "--steps", "3", "--sequence", "65", "--hidden", "32"]
+    lines = run("quickstart.py", *tiny).splitlines()
+    (site,) = (line.split() for line in lines if line.startswith("model.layers.0.self_attn"))
+    assert site[1] == "8" and site[3] == "ulysses" and int(site[4].replace(",", "")) > 0
+    assert {line.split()[0] for line in lines if "e-0" in line} == {"loss", "logits,", "gradients,"}
+
+
+def test_quickstart_refuses_what_differs() -> None:
+    pytest.importorskip("transformers")
+    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "examples" / "quickstart.py")
+    assert spec and spec.loader
+    quickstart = importlib.util.module_from_spec(spec)
+    sys.modules["quickstart"] = quickstart
+    spec.loader.exec_module(quickstart)
+    expected = torch.tensor([1.0, -2.0])
+    assert quickstart.difference(expected, expected + 1e-5) <= quickstart.tolerance("loss")
+    assert quickstart.difference(expected, expected + 1e-4) > quickstart.tolerance("loss")
+    assert quickstart.difference(expected, expected + 1e-4) <= quickstart.tolerance("gradients, first step")
+    assert quickstart.difference(expected, expected + float("nan")) == float("inf")

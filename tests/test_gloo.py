@@ -1,0 +1,247 @@
+"""Two real ranks over gloo, with Inductor: what simulated ranks cannot see."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
+
+from sp_compile import (
+    destroy_sequence_parallel,
+    get_data_parallel_group,
+    get_sequence_parallel_rank,
+    init_sequence_parallel,
+    rewritten_graphs,
+    sp_backend,
+)
+
+from .gloo_pool import GlooPool
+from .models import MODELS, inputs_of
+from .test_passes import Block
+
+pytestmark = pytest.mark.slow
+
+
+def seeded(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS[name]()
+
+
+def gradient_errors(expected: nn.Module, got: nn.Module) -> dict[str, float]:
+    """The largest difference of each gradient, relative to the largest gradient norm; inf: one is None."""
+    norm = max(float(p.grad.norm()) for p in expected.parameters() if p.grad is not None)
+    errors = {}
+    for (name, one), other in zip(expected.named_parameters(), got.parameters(), strict=True):
+        if one.grad is None or other.grad is None:
+            errors[name] = 0.0 if one.grad is other.grad else float("inf")
+        else:
+            errors[name] = float((one.grad - other.grad).abs().max()) / norm
+    return errors
+
+
+def train(name: str, length: int, keywords: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """One step of a model beside the same model on one device: errors of loss, logits and gradients."""
+    alone = seeded(name)
+    model = copy.deepcopy(alone)
+    inputs = {**inputs_of(name, length), **keywords}
+    expected = alone(**inputs)
+    expected.loss.backward()
+    got = torch.compile(model, backend=partial(sp_backend, options=dict(options)))(**inputs)
+    got.loss.backward()
+    planned = "\n".join(str(graph) for graph in rewritten_graphs()[-1:])
+    return {
+        "loss": abs(float(expected.loss.detach() - got.loss.detach())),
+        "logits": float((expected.logits - got.logits).detach().abs().max()),
+        "gradients": max(gradient_errors(alone, model).values()),
+        "planned": hashlib.sha256(planned.encode()).hexdigest(),
+    }
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_train_with_inductor(gloo2: GlooPool, name: str) -> None:
+    ranks = gloo2.run(train, name, 33, {}, {})
+    for errors in ranks:
+        assert errors["loss"] <= 2e-5 and errors["logits"] <= 2e-5 and errors["gradients"] <= 2e-4, errors
+    assert ranks[0]["planned"] == ranks[1]["planned"]
+
+
+def lowered_hashes() -> list[str]:
+    """The hash of each graph that AOTAutograd hands on, forward and backward: no `sp::` op is left in them."""
+    texts: list[str] = []
+
+    def compiler(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        text = gm.print_readable(print_output=False)
+        assert "torch.ops.sp." not in text and "_c10d_functional" in text
+        texts.append(text)
+        return gm.forward
+
+    model = Block(3, repeat="flag")
+    inner = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
+    compiled = torch.compile(model, backend=partial(sp_backend, options={"inner_backend": inner}))
+    compiled(torch.randn(1, 7, 12)).sum().backward()
+    return [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+
+
+def test_all_ranks_lower_to_the_same_text(gloo3: GlooPool) -> None:
+    first, *others = gloo3.run(lowered_hashes)
+    assert len(first) == 2
+    assert all(other == first for other in others)
+
+
+def cached(folder: str) -> dict[str, Any]:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    counters.clear()
+    alone = Block(4, repeat="flag")
+    model = copy.deepcopy(alone)
+    x = torch.randn(1, 7, 12)
+    alone(x).square().sum().backward()
+    out = torch.compile(model, backend=sp_backend)(x)
+    out.square().sum().backward()
+    wrong = max(gradient_errors(alone, model).values()), float((out - alone(x)).detach().abs().max())
+    hits = counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd"]["autograd_cache_hit"]
+    return {"wrong": max(wrong), "hits": sum(hits)}
+
+
+def test_ranks_share_a_cache_folder_and_a_second_start_hits_it(tmp_path: Path) -> None:
+    for start in ("cold", "warm"):
+        pool = GlooPool(2)
+        try:
+            ranks = pool.run(cached, str(tmp_path))
+        finally:
+            pool.close()
+        assert all(rank["wrong"] < 1e-4 for rank in ranks), (start, ranks)
+    assert all(rank["hits"] > 0 for rank in ranks), ranks
+
+
+def forward(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+    """The output, and how many graphs were rewritten for it."""
+    known = len(rewritten_graphs())
+    out = model(x).detach()
+    return out, len(rewritten_graphs()) - known
+
+
+def with_changing_groups() -> list[tuple[float, int]]:
+    """One compiled model before, with, without and again with an SP group."""
+    model, x = Block(), torch.randn(1, 7, 12)
+    expected = model(x).detach()
+    compiled = torch.compile(model, backend=partial(sp_backend, options={"inner_backend": "eager"}))
+    destroy_sequence_parallel()
+    seen = [forward(compiled, x)]
+    init_sequence_parallel()
+    seen += [forward(compiled, x), forward(compiled, x)]
+    init_sequence_parallel(1)
+    seen.append(forward(compiled, x))
+    init_sequence_parallel(2)
+    seen.append(forward(compiled, x))
+    return [(float((out - expected).abs().max()), count) for out, count in seen]
+
+
+def test_a_changed_group_recompiles(gloo2: GlooPool) -> None:
+    for seen in gloo2.run(with_changing_groups):
+        assert all(error < 1e-5 for error, _ in seen)
+        assert [count > 0 for _, count in seen] == [False, True, False, False, True]
+
+
+def with_ddp() -> float:
+    """`param_grads="local"` under a DDP that averages over the SP ranks as well."""
+    alone = Block()
+    model = copy.deepcopy(alone)
+    x = torch.randn(1, 7, 12)
+    alone(x).square().mean().backward()
+    options = {"inner_backend": "aot_eager", "param_grads": "local"}
+    ddp = nn.parallel.DistributedDataParallel(torch.compile(model, backend=partial(sp_backend, options=options)))
+    ddp(x).square().mean().backward()
+    moved = str(rewritten_graphs()[-1])
+    assert "sp.scale_gradient" in moved and "sp.replicate" not in moved
+    return max(gradient_errors(alone, model).values())
+
+
+def test_local_gradients_under_ddp(gloo2: GlooPool) -> None:
+    assert max(gloo2.run(with_ddp)) < 1e-5
+
+
+def with_data_parallel() -> float:
+    """Four ranks, two by two: gradients averaged over the data-parallel group only."""
+    init_sequence_parallel(1)
+    alone = Block()
+    model = copy.deepcopy(alone)
+    batches = torch.randn(2, 1, 7, 12)
+    for batch in batches:
+        (alone(batch).square().mean() / 2).backward()
+    compiled = torch.compile(model, backend=partial(sp_backend, options={"inner_backend": "eager"}))
+    compiled(batches[dist.get_rank()]).square().mean().backward()
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        dist.all_reduce(parameter.grad, group=get_data_parallel_group())
+        parameter.grad /= 2
+    return max(gradient_errors(alone, model).values())
+
+
+def test_a_group_of_one_is_plain_data_parallel(gloo2: GlooPool) -> None:
+    assert max(gloo2.run(with_data_parallel)) < 1e-5
+
+
+def with_shards(inner: str) -> tuple[list[int], float, float]:
+    """Outputs that stay sharded: the local rows, and gradients of the sum of the local losses."""
+    alone = Block(3)
+    model = copy.deepcopy(alone)
+    x = torch.randn(1, 7, 12)
+    whole = alone(x)
+    whole.square().sum().backward()
+    options = {"inner_backend": inner, "outputs": "shard"}
+    local = torch.compile(model, backend=partial(sp_backend, options=options))(x)
+    local.square().sum().backward()
+    mine = whole.detach()[:, 4 * get_sequence_parallel_rank() :][:, :4]
+    return list(local.shape), float((local - mine).detach().abs().max()), max(gradient_errors(alone, model).values())
+
+
+def test_outputs_may_stay_sharded(gloo2: GlooPool) -> None:
+    (first, *wrong0), (second, *wrong1) = gloo2.run(with_shards, "aot_eager")
+    assert (first, second) == ([1, 4, 12], [1, 3, 12])
+    assert max(*wrong0, *wrong1) < 1e-5
+
+
+def dropped_twice() -> tuple[bool, list[float]]:
+    """Inductor draws alike where values are replicated, and leaves the generator alike on every rank."""
+
+    class Dropped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(self.block(x), 0.5)
+
+    torch.manual_seed(0)
+    model = Dropped()
+    out = torch.compile(model, backend=sp_backend)(torch.randn(1, 8, 12))
+    out.sum().backward()
+    dropped = out == 0
+    return bool(torch.equal(dropped[:, :4], dropped[:, 4:])), torch.rand(3).tolist()
+
+
+def test_random_numbers_with_inductor(gloo2: GlooPool) -> None:
+    ranks = gloo2.run(dropped_twice)
+    assert not any(same for same, _ in ranks)
+    assert ranks[0][1] == ranks[1][1]
+
+
+def by_name() -> float:
+    model, x = Block(), torch.randn(1, 7, 12)
+    out = torch.compile(model, backend="sp_compile", options={"inner_backend": "eager"})(x)
+    return float((out - model(x)).detach().abs().max())
+
+
+def test_the_registered_name(gloo2: GlooPool) -> None:
+    assert max(gloo2.run(by_name)) < 1e-5
