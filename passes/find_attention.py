@@ -14,14 +14,15 @@ which dimension is which.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from heapq import heappop, heappush
 
 from torch import fx
 
 from sp_compile.graph import GraphRules
 from sp_compile.plan import AttentionSite, SiteOperand
-from sp_compile.rule import OpSharding, OpShardingRule, factors_of
-from sp_compile.rules.attention import ATTENTION
+from sp_compile.rule import Dim, OpShardingRule, factors_of
+from sp_compile.rules.attention import ATTENTION, AttentionRoles
 from sp_compile.sharding import REPLICATED, Placement, Sharded, whole_layout
 
 
@@ -33,15 +34,15 @@ def find_attention(rules: GraphRules) -> tuple[AttentionSite, ...]:
         rule = rules.rule(node)
         if rule is None or node in taken:
             continue
-        site = _fused(node, rule) if node.target in ATTENTION else _written_out(node, rule, rules)
+        roles = ATTENTION.get(node.target)
+        site = _fused(node, rule, roles) if roles is not None else _written_out(node, rule, rules)
         if site is not None and taken.isdisjoint(site.nodes):
             sites.append(site)
             taken.update(site.nodes)
     return tuple(sites)
 
 
-def _fused(node: fx.Node, rule: OpShardingRule) -> AttentionSite:
-    roles = ATTENTION[node.target]
+def _fused(node: fx.Node, rule: OpShardingRule, roles: AttentionRoles) -> AttentionSite:
     query, key = rule.operands[roles.query], rule.operands[roles.key]
     return AttentionSite(
         (node,),
@@ -51,120 +52,118 @@ def _fused(node: fx.Node, rule: OpShardingRule) -> AttentionSite:
     )
 
 
+def _factors(dims: Iterable[Dim]) -> set[str]:
+    return {factor for dim in dims for factor in factors_of(dim)}
+
+
 def _own_dimension(rule: OpShardingRule, operand: int, other: int) -> int | None:
-    """The one dimension of an operand that the result has and the other operand has not."""
-    elsewhere = {f for dim in rule.operands[other] for f in factors_of(dim)}
-    made = {f for dim in rule.results[0] for f in factors_of(dim)}
-    own = [at for at, dim in enumerate(rule.operands[operand]) if dim and made >= {*dim} and elsewhere.isdisjoint(dim)]
-    return own[0] if len(own) == 1 else None
+    """The dimension of an operand that the result has and the other operand has not; the last of the result's."""
+    elsewhere = _factors(rule.operands[other])
+    for made in reversed(rule.results[0]):
+        if made and made in rule.operands[operand] and elsewhere.isdisjoint(factors_of(made)):
+            return rule.operands[operand].index(made)
+    return None
 
 
-def _contracts(rule: OpShardingRule) -> bool:
-    made = {f for dim in rule.results[0] for f in factors_of(dim)}
-    shared = {f for dim in rule.operands[0] for f in factors_of(dim)} & {
-        f for dim in rule.operands[1] for f in factors_of(dim)
-    }
-    return not shared <= made
+def _contracted(rule: OpShardingRule) -> tuple[int, int] | None:
+    """The two operands that an op contracts, if it does."""
+    operands = [at for at in range(len(rule.operands)) if at not in rule.additive]
+    if len(operands) != 2:
+        return None
+    left, right = operands
+    shared = _factors(rule.operands[left]) & _factors(rule.operands[right])
+    return None if shared <= _factors(rule.results[0]) else (left, right)
 
 
 def _written_out(node: fx.Node, rule: OpShardingRule, rules: GraphRules) -> AttentionSite | None:
     """The site that begins with the product of queries and keys, if this node is one."""
-    operands = rules.operands(node)
-    if len(operands) < 2 or not _contracts(rule) or not all(map(rules.is_activation, operands[:2])):
+    sides, operands = _contracted(rule), rules.operands(node)
+    if sides is None or any(rules.is_weight(operands[side]) for side in sides):
         return None
-    dims = (_own_dimension(rule, 0, 1), _own_dimension(rule, 1, 0))
-    if dims[0] is None or dims[1] is None:
-        return None
-    lengths = [Sharded(dim, whole_layout(rules.shape(n)[dim])) for dim, n in zip(dims, operands, strict=False)]
-    carried = [
-        _carried(
-            node,
-            rule.carry(side, [lengths[side] if side == at else REPLICATED for at in range(len(operands))])[0],
-            rules,
-        )
-        for side in (0, 1)
-    ]
-    for last in _after(node):
-        for key in filter(lambda side: rules.varies(operands[side]), (0, 1)):
-            value = _sums_over(last, carried[key], carried[1 - key], rules)
-            if value is not None:
-                query_dim, key_dim = dims[1 - key], dims[key]
-                assert query_dim is not None and key_dim is not None
-                between = _between(node, last)
-                if not any(_mixes(each, carried[key], rules) for each in between[1:-1]):
-                    continue
+    for key, query in (sides[::-1], sides):
+        query_dim, key_dim = _own_dimension(rule, query, key), _own_dimension(rule, key, query)
+        if query_dim is None or key_dim is None or not rules.varies(operands[key]):
+            continue
+        queries = _carried(node, rule, query, query_dim, rules)
+        keys = _carried(node, rule, key, key_dim, rules)
+        for last in sorted({user for scores in keys for user in scores.users}, key=rules.position):
+            value = _summed_with(last, keys, queries, rules)
+            between = _between(node, last, rules) if value is not None else ()
+            if value is not None and any(_mixes(each, keys, rules) for each in between[1:-1]):
                 return AttentionSite(
-                    between, SiteOperand(node, 1 - key, query_dim), SiteOperand(node, key, key_dim), value
+                    between, SiteOperand(node, query, query_dim), SiteOperand(node, key, key_dim), value
                 )
     return None
 
 
-def _after(node: fx.Node) -> list[fx.Node]:
-    """The nodes that depend on this one, in the order of the graph."""
-    found = {node}
-    after = []
-    at = node.next
-    while at.op != "output":
-        if not found.isdisjoint(at.all_input_nodes):
-            found.add(at)
-            after.append(at)
-        at = at.next
-    return after
-
-
-def _between(first: fx.Node, last: fx.Node) -> tuple[fx.Node, ...]:
-    ancestors, stack = {last}, [last]
-    while stack:
-        for above in stack.pop().all_input_nodes:
-            if above not in ancestors:
-                ancestors.add(above)
-                stack.append(above)
-    return (first, *(node for node in _after(first) if node in ancestors))
-
-
-def _carried(first: fx.Node, start: Placement, rules: GraphRules) -> Mapping[fx.Node, Placement]:
-    """Where one dimension of the scores is in each value made from them."""
-    places: dict[fx.Node, Placement] = {first: start}
-    for node in _after(first):
-        rule, operands = rules.rule(node), rules.operands(node)
-        if rule is None:
+def _carried(
+    first: fx.Node, rule: OpShardingRule, operand: int, dim: int, rules: GraphRules
+) -> Mapping[fx.Node, Placement]:
+    """Where one dimension of an operand of `first` is in each value made from the scores, as far as it is there."""
+    size = rules.shape(rules.operands(first)[operand])[dim]
+    start: list[Placement] = [REPLICATED] * len(rule.operands)
+    start[operand] = Sharded(dim, whole_layout(size))
+    places: dict[fx.Node, Placement] = {first: rule.carry(operand, start)[0]}
+    waiting = [(rules.position(user), user) for user in first.users]
+    while waiting:
+        _, node = heappop(waiting)
+        own = rules.rule(node)
+        if own is None or node in places:
             continue
-        placements = [places.get(operand, REPLICATED) for operand in operands]
-        for index, placement in enumerate(placements):
-            result = rule.carry(index, placements)[0]
-            if isinstance(placement, Sharded) and isinstance(result, Sharded):
-                places[node] = result
-                break
+        placements = [places.get(each, REPLICATED) for each in rules.operands(node)]
+        results = [own.carry(at, placements)[0] for at, each in enumerate(placements) if isinstance(each, Sharded)]
+        found = next((result for result in results if isinstance(result, Sharded)), None)
+        if found is not None:
+            places[node] = found
+            for user in node.users:
+                heappush(waiting, (rules.position(user), user))
     return places
 
 
+def _between(first: fx.Node, last: fx.Node, rules: GraphRules) -> tuple[fx.Node, ...]:
+    """The nodes that depend on the first and that the last depends on, both included, in the order of the graph."""
+    above, stack = {last}, [last]
+    while stack:
+        for node in stack.pop().all_input_nodes:
+            if node not in above and rules.position(node) >= rules.position(first):
+                above.add(node)
+                stack.append(node)
+    found = {first}
+    for node in sorted(above, key=rules.position):
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return tuple(sorted(found, key=rules.position))
+
+
 def _mixes(node: fx.Node, keys: Mapping[fx.Node, Placement], rules: GraphRules) -> bool:
-    """Whether an op needs the keys of a query together: linear attention has none such and is no site."""
-    rule, operands = rules.rule(node), rules.operands(node)
-    placements = [keys.get(operand, REPLICATED) for operand in operands]
-    return any(
-        rule is None
-        or not isinstance(sharding := rule.follow(index, placements), OpSharding)
-        or not any(isinstance(result, Sharded) for result in sharding.results)
-        for index, placement in enumerate(placements)
-        if isinstance(placement, Sharded)
-    )
+    """Whether an op needs the keys of a query together: linear attention has no such op, and is no site."""
+    rule = rules.rule(node)
+    if rule is None:
+        return True
+    placements = [keys.get(operand, REPLICATED) for operand in rules.operands(node)]
+    for index, placement in enumerate(placements):
+        sharding = rule.follow(index, placements)
+        kept = sharding is not None and any(isinstance(result, Sharded) for result in sharding.results)
+        if isinstance(placement, Sharded) and not kept:
+            return True
+    return False
 
 
-def _sums_over(
+def _summed_with(
     node: fx.Node, keys: Mapping[fx.Node, Placement], queries: Mapping[fx.Node, Placement], rules: GraphRules
 ) -> SiteOperand | None:
     """The value operand, if this node contracts the key length of the scores and keeps their query length."""
     rule, operands = rules.rule(node), rules.operands(node)
-    if rule is None or len(operands) < 2 or not _contracts(rule) or node not in queries:
+    sides = _contracted(rule) if rule is not None else None
+    if rule is None or sides is None or node not in queries:
         return None
-    for scores, value in ((0, 1), (1, 0)):
+    for scores, value in (sides, sides[::-1]):
         placement = keys.get(operands[scores])
-        if not isinstance(placement, Sharded) or operands[value] in keys:
+        if not isinstance(placement, Sharded) or operands[value] in keys or not rules.varies(operands[value]):
             continue
-        factors = factors_of(rule.operands[scores][placement.dim])
-        made = {f for dim in rule.results[0] for f in factors_of(dim)}
-        shared = [at for at, dim in enumerate(rule.operands[value]) if factors and dim == factors]
-        if made.isdisjoint(factors) and shared and rules.varies(operands[value]):
-            return SiteOperand(node, value, shared[0])
+        length = rule.operands[scores][placement.dim]
+        if _factors([length]) and _factors([length]).isdisjoint(_factors(rule.results[0])):
+            shared = [at for at, dim in enumerate(rule.operands[value]) if dim == length]
+            if shared:
+                return SiteOperand(node, value, shared[0])
     return None

@@ -28,7 +28,7 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from sp_compile.config import SequenceParallelConfig
-from sp_compile.graph import GraphRules, is_tensor
+from sp_compile.graph import GraphRules, is_tensor, source_of
 from sp_compile.plan import ShardingPlan
 from sp_compile.rule import OpCall
 from sp_compile.sharding import (
@@ -133,7 +133,7 @@ class _Writer:
             written = body.bodies.get(plan.sharding.factor, _call_locally)(local)
             if isinstance(written, tuple):
                 for user in node.users:
-                    self.written[user] = written[user.args[1]]
+                    self.written[user] = written[source_of(user)[1]]
             else:
                 self.written[node] = self._named(written, node.name)
 
@@ -158,12 +158,12 @@ class _Writer:
 
     def _arguments(self, node: fx.Node, operands: Sequence[fx.Node]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call with these operands (none given: whole values) and global sizes."""
-        left = list(operands)
+        left = list(operands) if operands else self._whole_operands(node)
 
         def rewrite(value: Any) -> Any:
             if isinstance(value, fx.Node):
                 if is_tensor(value):
-                    return left.pop(0) if operands else self.convert(value, REPLICATED)
+                    return left.pop(0)
                 inner = value.meta.get("val")
                 if isinstance(inner, torch.SymInt) and self._known(size_of(inner)):
                     return self.size(size_of(inner))
@@ -182,10 +182,19 @@ class _Writer:
                 kwargs[argument.name] = rewrite(node.kwargs[argument.name])
         return tuple(args), kwargs
 
+    def _whole_operands(self, node: fx.Node) -> list[fx.Node]:
+        """Every operand whole, but for those of which only dtype and device matter."""
+        rule = self.rules.rule(node)
+        metadata = rule.metadata if rule is not None else frozenset()
+        operands = enumerate(self.rules.operands(node))
+        return [self.written[v] if at in metadata else self.convert(v, REPLICATED) for at, v in operands]
+
     def _write_output(self, node: fx.Node) -> tuple[Placement, ...]:
         placements: list[Placement] = []
         outputs: list[Any] = []
-        for index, output in enumerate(node.args[0]):
+        returned = node.args[0]
+        assert isinstance(returned, tuple)
+        for index, output in enumerate(returned):
             placement: Placement = REPLICATED
             if isinstance(output, fx.Node) and is_tensor(output):
                 if not self.gather_outputs:
@@ -221,7 +230,7 @@ class _Writer:
         return self.converted[key]
 
     def _made(self, value: fx.Node) -> Placement:
-        source, result = (value.args[0], value.args[1]) if value.target is getitem else (value, 0)
+        source, result = source_of(value)
         plan = self.plan.nodes.get(source)
         return plan.results()[result] if plan else REPLICATED
 
@@ -333,7 +342,7 @@ class _GraphOp:
         self.operands = tuple(plan.operand(index) for index in range(len(self.call.operands)))
         self.results = plan.sharding.results
         self.parts = writer.plan.parts
-        self.rng = writer.rng
+        self.rng: str = writer.rng
         self.shape_argument = rule.shape_argument
         values = [plan.sources.get(at, operand) for at, operand in enumerate(writer.rules.operands(node))]
         # A term that is added to the sum over ranks is added once: its gradient is the full one as it is.

@@ -16,7 +16,6 @@ K and V whole. What cannot be sharded runs on whole values, and is written down 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import getitem
@@ -24,7 +23,7 @@ from operator import getitem
 import torch
 from torch import fx
 
-from sp_compile.graph import GraphRules
+from sp_compile.graph import GraphRules, source_of
 from sp_compile.plan import AttentionSite, Fallback, NodePlan, ShardingPlan, SitePlan
 from sp_compile.rule import OpSharding, OpShardingRule
 from sp_compile.sharding import (
@@ -50,32 +49,27 @@ def find_marks(rules: GraphRules, sites: Sequence[AttentionSite]) -> dict[tuple[
 
     Where two sites want different dimensions of one value, the one with more bytes below it wins.
     """
-    votes: dict[tuple[fx.Node, int], dict[Sharded, int]] = defaultdict(lambda: defaultdict(int))
+    votes: dict[fx.Node, dict[int, dict[Sharded, int]]] = {}
+
+    def vote(value: fx.Node, placement: Sharded, weight: int) -> None:
+        node, result = source_of(value)
+        ballot = votes.setdefault(node, {}).setdefault(result, {})
+        ballot[placement] = ballot.get(placement, 0) + weight
+
     for site in sites:
         for end in (site.query, site.key, site.value):
-            node = rules.operands(end.node)[end.index]
-            votes[_result(node)][Sharded(end.dim, whole_layout(rules.shape(node)[end.dim]))] += rules.bytes(node)
+            value = rules.operands(end.node)[end.index]
+            vote(value, Sharded(end.dim, whole_layout(rules.shape(value)[end.dim])), rules.bytes(value))
     marks: dict[tuple[fx.Node, int], Sharded] = {}
     for node in reversed(rules.graph.nodes):
-        for result, candidates in [(key[1], votes[key]) for key in list(votes) if key[0] is node]:
-            mark = _elect(candidates)
-            marks[node, result] = mark
+        for result, ballot in votes.get(node, {}).items():
+            mark = marks[node, result] = _elect(ballot)
             rule = rules.rule(node)
-            if rule is None:
-                continue
-            for operand, placement in zip(rules.operands(node), rule.carry_back(result, mark), strict=True):
-                if placement is not None:
-                    votes[_result(operand)][placement] += sum(candidates.values())
+            if rule is not None:
+                for operand, placement in zip(rules.operands(node), rule.carry_back(result, mark), strict=True):
+                    if placement is not None:
+                        vote(operand, placement, sum(ballot.values()))
     return marks
-
-
-def _result(node: fx.Node) -> tuple[fx.Node, int]:
-    """The op result that a value is: `getitem` names one of several."""
-    if node.target is getitem:
-        source, index = node.args
-        assert isinstance(source, fx.Node) and isinstance(index, int)
-        return source, index
-    return node, 0
 
 
 def _elect(votes: Mapping[Sharded, int]) -> Sharded:
@@ -124,7 +118,7 @@ class _Planner:
             if isinstance(node.target, torch._ops.OpOverload):
                 self.nodes[node] = planned.get(node) or self._plan_op(node)
             elif node.target is getitem:
-                source, index = _result(node)
+                source, index = source_of(node)
                 seen = self.nodes[source].delivered if source in self.nodes else ()
                 self.nodes[node] = NodePlan(None, (seen[index] if index < len(seen) else REPLICATED,))
         return ShardingPlan(self.parts, self.nodes, tuple(self.site_plans), tuple(self.fallbacks))
@@ -144,19 +138,19 @@ class _Planner:
         sharded = [index for index, placement in enumerate(placements) if isinstance(placement, Sharded)]
         if rule is None:
             if sharded:
-                self._fall_back(node, placements, "it has no sharding rule")
+                self._fall_back(node, placements, None, "it has no sharding rule")
             return whole
         if not sharded:
             return self._begin(node, rule, placements) or whole
         following = [s for s in (rule.follow(index, placements) for index in sharded) if s is not None]
-        if following:
-            best = min(following, key=lambda s: self._cost(node, placements, s))
-            return NodePlan(best, best.results)
-        borrowed = self._borrow(node, rule, placements, sharded)
+        best = min(following, key=lambda s: self._cost(node, placements, s), default=None)
+        moved = self._cost(node, placements, best)
+        borrowed = self._borrow(node, rule, placements, sharded, moved) if moved else None
         if borrowed is not None:
             return borrowed
-        self._fall_back(node, placements, "it needs the sharded dimension whole, and has no other to borrow")
-        return whole
+        if self._gathers(rule, placements, best):
+            self._fall_back(node, placements, best, "it needs a sharded dimension whole, and has no other to borrow")
+        return NodePlan(best, best.results) if best else whole
 
     def _begin(self, node: fx.Node, rule: OpShardingRule, placements: Sequence[Placement]) -> NodePlan | None:
         """Whole operands, but the result is marked: this is where the sequence is cut."""
@@ -168,12 +162,28 @@ class _Planner:
                     return NodePlan(sharding, sharding.results)
         return None
 
+    def _gathers(self, rule: OpShardingRule, placements: Sequence[Placement], sharding: OpSharding | None) -> bool:
+        """Whether an op takes an operand whole that is sharded."""
+        return any(
+            isinstance(placement, Sharded)
+            and index not in rule.metadata
+            and (sharding is None or sharding.operands[index] is None)
+            for index, placement in enumerate(placements)
+        )
+
     def _borrow(
-        self, node: fx.Node, rule: OpShardingRule, placements: Sequence[Placement], sharded: Sequence[int]
+        self,
+        node: fx.Node,
+        rule: OpShardingRule,
+        placements: Sequence[Placement],
+        sharded: Sequence[int],
+        stay: float,
     ) -> NodePlan | None:
-        """Run an op that needs its home factor whole on shards of another factor, and return home at once."""
+        """Run an op that needs its home factor whole on shards of another factor, and return home at once.
+
+        None if that moves more than the `stay` bytes of the alternative.
+        """
         best: tuple[float, NodePlan] | None = None
-        stay = self._cost(node, placements, None)
         for operand in sharded:
             homes = rule.carry(operand, placements)
             for factor, _ in rule.borrowable(operand):
@@ -203,7 +213,7 @@ class _Planner:
         total = 0.0
         for index, (operand, placement) in enumerate(zip(operands, placements, strict=True)):
             target = sharding.operands[index] if sharding else None
-            if target is not None or sharding is None or rule is None or index not in rule.metadata:
+            if target is not None or rule is None or index not in rule.metadata:
                 total += self._move(self.rules.bytes(operand), placement, target or REPLICATED)
         return total
 
@@ -216,8 +226,10 @@ class _Planner:
             return size / self.parts * others
         return size * others
 
-    def _fall_back(self, node: fx.Node, placements: Sequence[Placement], reason: str) -> None:
-        self.fallbacks.append(Fallback(node, reason, round(self._cost(node, placements, None))))
+    def _fall_back(
+        self, node: fx.Node, placements: Sequence[Placement], sharding: OpSharding | None, reason: str
+    ) -> None:
+        self.fallbacks.append(Fallback(node, reason, round(self._cost(node, placements, sharding))))
 
     # A site
 

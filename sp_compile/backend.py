@@ -54,7 +54,7 @@ def sp_backend(
     config = SequenceParallelConfig.from_options(options)
     group = resolve_group(config.group)
     if group is None or group.size() == 1:
-        compiled = _inner_backend(config)(gm, example_inputs)
+        compiled = _compile_inner(config, gm, example_inputs)
     else:
         compiled = _compile(gm, example_inputs, config, group)
     epoch = current_epoch()
@@ -79,20 +79,20 @@ def _compile(
         if config.strict:
             raise FallbackError(f"{error}; without strict=True this graph runs unsharded") from error
         log.warning("a graph runs unsharded: %s", error)
-        return _inner_backend(config)(gm, example_inputs)
+        return _compile_inner(config, gm, example_inputs)
     rules = GraphRules(captured.graph_module.graph)
     sites = find_attention(rules)
     plan = propagate(rules, sites, group.size(), config.attention)
     _report(plan.fallbacks, config.strict)
     if not plan.shards:
-        return _inner_backend(config)(gm, example_inputs)
+        return _compile_inner(config, gm, example_inputs)
     sharded = insert_collectives(captured.graph_module, rules, plan, group.group_name, config)
     _set_local_values(sharded.graph_module, captured)
     record(captured.graph_module, rules, sites, plan, sharded, config.dump)
     log.info("%s, planned in %.2f s", _summary(plan), time.perf_counter() - started)
     rank = rank_tensor(group, _device(example_inputs))
-    with torch.compiler.config.patch(cache_key_tag=_cache_key_tag(group)):
-        inner = _inner_backend(config)(sharded.graph_module, [*example_inputs, rank])
+    with torch.compiler.config.patch(cache_key_tag=_cache_key_tag(group)):  # type: ignore[attr-defined]
+        inner = _compile_inner(config, sharded.graph_module, [*example_inputs, rank])
     return lambda *args: _without_padding(inner(*args, rank), sharded.outputs)
 
 
@@ -107,11 +107,11 @@ def _without_padding(outputs: Sequence[Any], placements: Sequence[Placement]) ->
     return kept
 
 
-def _inner_backend(config: SequenceParallelConfig) -> Compiled:
-    if isinstance(config.inner_backend, str):
-        backend: Compiled = torch._dynamo.lookup_backend(config.inner_backend)
-        return backend
-    return config.inner_backend
+def _compile_inner(config: SequenceParallelConfig, gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    backend = config.inner_backend
+    compile_fx = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
+    compiled: Compiled = compile_fx(gm, list(inputs))
+    return compiled
 
 
 def _cache_key_tag(group: dist.ProcessGroup) -> str:
@@ -125,6 +125,10 @@ def _set_local_values(module: fx.GraphModule, captured: CapturedGraph) -> None:
     mode = next((x.fake_mode for x in captured.inputs if hasattr(x, "fake_mode")), None) or FakeTensorMode()
 
     class Propagate(fx.Interpreter):
+        def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+            value = super().get_attr(target, args, kwargs)
+            return mode.from_tensor(value) if isinstance(value, Tensor) else value
+
         def run_node(self, node: fx.Node) -> Any:
             result = super().run_node(node)
             if node.op != "output":

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
-from torch._logging import trace_structured
+from torch.utils._dtype_abbrs import dtype_abbrs
+from torch._logging._internal import trace_structured
 
 from .errors import user_line
 from .graph import GraphRules
@@ -59,7 +62,7 @@ def record(
     sites: Sequence[AttentionSite],
     plan: ShardingPlan,
     sharded: ShardedGraph,
-    dump: str | Path | None,
+    dump: str | os.PathLike[str] | None,
 ) -> RewrittenGraph:
     """Print, dump and keep what each pass did to a graph."""
     name = f"graph_{next(_numbers)}"
@@ -76,8 +79,8 @@ def record(
         log.debug("%s\n%s", title, text)
         trace_structured(
             "artifact",
-            metadata_fn=lambda title=title: {"name": f"sp_compile_{title}", "encoding": "string"},
-            payload_fn=lambda text=text: text,
+            metadata_fn=partial(dict, name=f"sp_compile_{title}", encoding="string"),
+            payload_fn=partial(str, text),
         )
         if dump is not None:
             folder = Path(dump)
@@ -140,7 +143,7 @@ def _describe(value: Any, whole: Any) -> str:
         sizes = [
             size if size == str(full) else f"{size} of {full}" for size, full in zip(sizes, whole.shape, strict=True)
         ]
-    return f"{fx.graph.dtype_abbrs[value.dtype]}[{', '.join(sizes)}]"
+    return f"{dtype_abbrs[value.dtype]}[{', '.join(sizes)}]"
 
 
 def _target(node: fx.Node) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from operator import getitem
 
 import sympy
 import torch
@@ -18,6 +19,15 @@ from .sharding import Size
 def is_tensor(node: fx.Node) -> bool:
     """Whether a node's value is one tensor."""
     return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def source_of(value: fx.Node) -> tuple[fx.Node, int]:
+    """The op that made a value, and which of its results it is: `getitem` names one of several."""
+    if value.target is getitem:
+        source, result = value.args
+        assert isinstance(source, fx.Node) and isinstance(result, int)
+        return source, result
+    return value, 0
 
 
 def operand_nodes(node: fx.Node) -> tuple[fx.Node, ...]:
@@ -72,6 +82,20 @@ class GraphRules:
             return size
         shape_env = self._shape_env
         return int(size.xreplace(shape_env.backed_var_to_val)) if shape_env else int(size)
+
+    def position(self, node: fx.Node) -> int:
+        """The place of a node in the order of the graph."""
+        return self._positions[node]
+
+    @cached_property
+    def _positions(self) -> dict[fx.Node, int]:
+        return {node: at for at, node in enumerate(self.graph.nodes)}
+
+    def is_weight(self, node: fx.Node) -> bool:
+        """Whether a value is made from one parameter by itself: a view or a cast of it."""
+        while node.op == "call_function" and len(node.all_input_nodes) == 1:
+            node = node.all_input_nodes[0]
+        return node.op == "placeholder" and isinstance(node.meta.get("val"), torch.nn.Parameter)
 
     def is_activation(self, node: fx.Node) -> bool:
         """Whether a value is floating and descends from a parameter or from a floating input of the user."""

@@ -198,7 +198,7 @@ def test_standing_controls_are_noticed(mutant: str, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(ops, "_fill", _unmasked)
     else:
         writer = sys.modules["sp_compile.passes.insert_collectives"]
-            monkeypatch.setattr(writer, "_has_value", lambda node: True)
+        monkeypatch.setattr(writer, "_has_value", lambda node: True)
     module = Shifted().double()
     args = (tokens(1, 7, 12),)
     got, _ = run_simulated(module, args, parts=4)

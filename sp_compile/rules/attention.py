@@ -28,7 +28,7 @@ class AttentionRoles:
     key_length: str = "k"
 
 
-ATTENTION = {aten.scaled_dot_product_attention.default: AttentionRoles()}
+ATTENTION: dict[object, AttentionRoles] = {aten.scaled_dot_product_attention.default: AttentionRoles()}
 
 
 @decomposed_when(aten.scaled_dot_product_attention.default)
