@@ -26,11 +26,6 @@ def attention(x: Tensor, w_qkv: Tensor, w_out: Tensor) -> Tensor:
     return linear(out, w_out)
 
 
-def without_remarks(graph: str) -> str:
-    """The text of a graph without the comment that ends a line: the placement and the line of the user's file."""
-    return "\n".join(line.partition("  # ")[0] for line in graph.splitlines())
-
-
 def main() -> None:
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     init_sequence_parallel()
@@ -38,8 +33,8 @@ def main() -> None:
     compiled(torch.randn(1, 32, 64), *(torch.randn(rows, 64, requires_grad=True) for rows in (192, 64)))
     (_, before), *_, (_, after) = rewritten_graphs()[-1].stages
     print(f"# The program\n\n{inspect.getsource(attention)}")
-    print(f"# Its graph\n\n{without_remarks(before)}\n")
-    print(f"# On each of 2 ranks; `16 of 32` is the local size of the global one\n\n{without_remarks(after)}")
+    print(f"# Its graph\n\n{before}\n")
+    print(f"# On each of 2 ranks; `16 of 32` is the local size of the global one\n\n{after}")
     dist.destroy_process_group()
 
 

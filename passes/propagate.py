@@ -115,6 +115,8 @@ class _Planner:
                 region = self._plan_site(self.sites[node])
                 self.site_plans.append(SitePlan(self.sites[node], region.strategy, region.reason))
                 planned |= region.nodes
+            if isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+                continue  # numbers are those of the global shapes
             if isinstance(node.target, torch._ops.OpOverload):
                 self.nodes[node] = planned.get(node) or self._plan_op(node)
             elif node.target is getitem:

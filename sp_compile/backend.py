@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -136,7 +137,8 @@ def _set_local_values(module: fx.GraphModule, captured: CapturedGraph) -> None:
             return result
 
     grad_mode = torch.is_grad_enabled()
-    with mode, torch.no_grad():
+    guards = mode.shape_env.suppress_guards() if mode.shape_env is not None else nullcontext()
+    with mode, guards, torch.no_grad():
         Propagate(module).run(*captured.inputs, torch.zeros(1, dtype=torch.int64))
     torch.set_grad_enabled(grad_mode)
 

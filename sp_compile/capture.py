@@ -28,22 +28,19 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 from torch.distributed._local_tensor import LocalTensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.traceback import preserve_node_meta
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import CheckpointPolicy
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from sp_compile.canonicalize import ENTER_AUTOCAST, EXIT_AUTOCAST, GRAD_MODE, STATE, canonical
 from sp_compile.errors import CaptureError, user_line
 
 aten = torch.ops.aten
 
 Keep = Callable[[OpOverload, tuple[Any, ...], dict[str, Any]], bool]
 
-_GRAD_MODE = torch._C._set_grad_enabled
-_ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
-_EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
-_STATE = (_GRAD_MODE, _ENTER_AUTOCAST, _EXIT_AUTOCAST)
 _NO_EFFECT = (torch._C._log_api_usage_once,)
 _DROPOUTS = (
     aten.dropout.default,
@@ -51,14 +48,6 @@ _DROPOUTS = (
     aten.feature_dropout.default,
     aten.feature_alpha_dropout.default,
 )
-_ASSERTS = (
-    aten._assert_async.default,
-    aten._assert_async.msg,
-    aten._assert_scalar.default,
-    aten.sym_constrain_range.default,
-    aten.sym_constrain_range_for_size.default,
-)
-_RESHAPES = (aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default)
 
 
 @dataclass(frozen=True)
@@ -80,7 +69,7 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any], keep: Keep) -> Captu
     _reject_unsafe_nodes(gm)
     fake_mode, inputs = _fakify(example_inputs)
     traced, mutated, returned = _trace(gm, fake_mode, inputs, keep)
-    graph_module = _canonical(traced, gm, inputs, mutated, returned)
+    graph_module = canonical(traced, gm, inputs, mutated, returned)
     _reject_shared_storage(gm, example_inputs, mutated)
     return CapturedGraph(graph_module, tuple(inputs), mutated)
 
@@ -106,7 +95,7 @@ def _reject_unsafe_nodes(gm: GraphModule) -> None:
                 node.op == "call_function"
                 and not node.all_input_nodes
                 and "example_value" not in node.meta
-                and target not in (*_STATE, *_NO_EFFECT)
+                and target not in (*STATE, *_NO_EFFECT)
             ):
                 name = getattr(target, "__name__", str(target))
                 reason = f"{name} sets a mode (a context, vmap, grad) that an ATen graph has no node for"
@@ -155,7 +144,9 @@ def _fakify_simulated(fake_mode: FakeTensorMode, x: LocalTensor, symbolic: Any) 
     """A value of simulated ranks, as one rank has it."""
     local = next(iter(x._local_tensors.values()))
     with fake_mode:
-        sizes = x.shape if symbolic is None else fake_mode.from_tensor(x, symbolic_context=symbolic).shape
+        sizes = x.shape
+        if symbolic is not None:
+            sizes = fake_mode.from_tensor(x, symbolic_context=symbolic, source=symbolic.tensor_source).shape
         return torch.empty(sizes, dtype=local.dtype, device=local.device, requires_grad=x.requires_grad)
 
 
@@ -177,6 +168,7 @@ class _Functionalize(FunctionalTensorMode):
         self._needs_grad = needs_grad
         # By address; kept alive, since an address is used again.
         self._storages_with_grad: dict[int, torch.UntypedStorage] = {}
+        self._aliases: dict[int, tuple[torch.UntypedStorage, WeakTensorKeyDictionary]] = {}
 
     def _can_decompose(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if not func._can_decompose():
@@ -199,11 +191,30 @@ class _Functionalize(FunctionalTensorMode):
         if func in _DROPOUTS and not (args[1] and args[2]):
             return args[0]  # as in eager mode: a later write to the one is seen in the other
         try:
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+            if self._needs_grad:
+                self._update_aliases(func, args, result)
+            return result
         except _HiddenGradMode as error:
             if error.op is None and self._can_decompose(func, args, kwargs or {}):
                 error.op = func
             raise
+
+    def _update_aliases(self, func: OpOverload, args: tuple[Any, ...], result: Any) -> None:
+        """Make what a write has changed anew at once, and a view of it as soon as it is taken.
+
+        Left to themselves they are made anew when they are next used or returned, which may be under another
+        gradient mode.
+        """
+        made = [value for value in pytree.tree_leaves((args, result)) if isinstance(value, FunctionalTensor)]
+        for value in made:
+            storage = value.untyped_storage()
+            self._aliases.setdefault(storage._cdata, (storage, WeakTensorKeyDictionary()))[1][value] = None
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.is_write and isinstance(value, FunctionalTensor):
+                made += self._aliases[value.untyped_storage()._cdata][1]
+        for value in made:
+            torch._sync(value)  # type: ignore[attr-defined,no-untyped-call]
 
     def _reject_untracked_write(self, func: OpOverload, args: tuple[Any, ...]) -> None:
         """A write that autograd does not see leaves a gradient in place which would vanish here:
@@ -270,15 +281,15 @@ class _DynamoInterpreter(Interpreter):
             return self._inline_checkpoint(*args)
         result = super().call_function(target, args, kwargs)
         # make_fx records autocast without entering it: dtypes would be those before casting.
-        if target is _GRAD_MODE:
+        if target is GRAD_MODE:
             self._mode.grad_mode = args[0]
-        elif target is _ENTER_AUTOCAST:
+        elif target is ENTER_AUTOCAST:
             device, dtype, enabled, _ = args
             with torch._C.DisableTorchFunction():
                 autocast = torch.amp.autocast(device, dtype, enabled, cache_enabled=False)
                 autocast.__enter__()
             self._autocasts.append(autocast)
-        elif target is _EXIT_AUTOCAST:
+        elif target is EXIT_AUTOCAST:
             with torch._C.DisableTorchFunction():
                 self._autocasts.pop().__exit__(None, None, None)
         return result
@@ -309,7 +320,7 @@ def _trace(
     """Returns the graph, whose outputs are Dynamo's and then the mutated inputs; which inputs those
     are; and which outputs (position → input) are such an input itself."""
     needs_grad = torch.is_grad_enabled() or any(
-        node.args[0] for body in _bodies(gm) for node in body.graph.find_nodes(op="call_function", target=_GRAD_MODE)
+        node.args[0] for body in _bodies(gm) for node in body.graph.find_nodes(op="call_function", target=GRAD_MODE)
     )
     whole: set[OpOverload] = set()  # found out not to survive decomposition
     mutated: tuple[int, ...] = ()
@@ -374,103 +385,3 @@ def _unwrap(value: Any) -> Any:
         return value
     torch._sync(value)  # type: ignore[attr-defined, no-untyped-call]
     return torch._from_functional_tensor(value.elem)
-
-
-def _canonical(
-    traced: GraphModule,
-    gm: GraphModule,
-    inputs: Sequence[Any],
-    mutated: Sequence[int],
-    returned: dict[int, int],
-) -> GraphModule:
-    """The traced graph under Dynamo's names, in one vocabulary, with its epilogue."""
-    graph = Graph()
-    env: dict[Node, Any] = {}
-    old_placeholders = traced.graph.find_nodes(op="placeholder")
-    placeholders = []
-    for old, dynamo, value in zip(old_placeholders, gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
-        node = graph.create_node("placeholder", dynamo.target, name=dynamo.name)
-        kept = {k: v for k, v in dynamo.meta.items() if k not in ("example_value", "grapharg")}
-        node.meta = {**kept, **old.meta, "val": value}
-        placeholders.append(node)
-        env[old] = node
-    for i in mutated:
-        # copy_ into what autograd has saved would break the backward of the graph run eagerly.
-        clone = graph.call_function(aten.clone.default, (placeholders[i],))
-        clone.meta = dict(old_placeholders[i].meta)
-        env[old_placeholders[i]] = clone
-    for old in traced.graph.nodes:
-        if old.op in ("call_function", "get_attr"):
-            env[old] = _rewrite(graph, traced, old, env)
-    results: list[Any] = pytree.tree_map_only(
-        Node,
-        env.__getitem__,
-        list(traced.graph.output_node().args[0]),  # type: ignore[arg-type]
-    )
-    updates = results[len(results) - len(mutated) :]
-    for i, update in zip(mutated, updates, strict=True):
-        epilogue = graph.call_function(aten.copy_.default, (placeholders[i], update))
-        epilogue.meta = {**update.meta, "val": inputs[i]}
-    outputs = results[: len(results) - len(mutated)]
-    for position, i in returned.items():
-        outputs[position] = placeholders[i]
-    graph.output(tuple(outputs)).meta = dict(gm.graph.output_node().meta)
-    graph.eliminate_dead_code(_has_effect)
-    graph.lint()
-    return GraphModule(traced, graph)
-
-
-def _rewrite(graph: Graph, traced: GraphModule, old: Node, env: dict[Node, Any]) -> Any:
-    target = old.target
-    if isinstance(target, HigherOrderOperator):
-        raise CaptureError(f"{target.name()} is no ATen operator ({user_line(old)})")
-    if target is aten._assert_tensor_metadata.default:
-        return None
-    operand: Any = old.args[0] if old.args else None
-    if target is aten.alias.default or (target in (*_RESHAPES, aten.expand.default) and _same_shape(old, operand)):
-        return env[operand]
-    new = graph.node_copy(old, lambda n: env[n])
-    if target in _RESHAPES:
-        new.target, new.args, new.kwargs = aten.reshape.default, new.args[:2], {}
-    elif target is aten.lift_fresh_copy.default:
-        constant = getattr(traced, operand.target)
-        if constant.numel() == 1:
-            value = old.meta["val"]
-            new.target, new.args = aten.full.default, (list(value.shape), constant.item())
-            new.kwargs = {"dtype": value.dtype, "device": value.device}
-        else:
-            new.target = aten.clone.default
-    elif target is aten.cat.default:
-        _drop_empty_operands(new)
-    return new
-
-
-def _same_shape(node: Node, other: Node) -> bool:
-    a, b = node.meta["val"].shape, other.meta["val"].shape
-    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
-
-
-def _drop_empty_operands(cat: Node) -> None:
-    """`cat` passes over one-dimensional tensors without elements (Hugging Face's empty KV cache)."""
-    operands: Any = cat.args[0]
-    full = [x for x in operands if x.meta["val"].shape != (0,)]
-    value = cat.meta["val"]
-    if len(full) == len(operands) or not full or value.dim() == 1:
-        return
-    if len(full) > 1 and all(x.meta["val"].dtype == value.dtype for x in full):
-        cat.args = (full, *cat.args[1:])
-    elif len(full) == 1:
-        cat.target, cat.args, cat.kwargs = aten.clone.default, (full[0],), {}
-        if full[0].meta["val"].dtype != value.dtype:
-            cat.target, cat.kwargs = aten._to_copy.default, {"dtype": value.dtype}
-
-
-def _has_effect(node: Node) -> bool:
-    """Nodes that stay without a user. Dead random operators stay too: they draw numbers."""
-    if node.op != "call_function":
-        return node.op != "get_attr"
-    if node.target in _STATE or node.target in _ASSERTS:
-        return True
-    return isinstance(node.target, OpOverload) and (
-        node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
-    )

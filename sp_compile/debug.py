@@ -1,8 +1,10 @@
 """What happened to a graph, as text: `rewritten_graphs()`, `TORCH_LOGS="+sp_compile"`, the `dump` folder, tlparse.
 
-    h: f32[1, 16 of 32, 64] = aten.embedding(replicate_w, slice_ids)        # S(1: 32)  model.py:12
+    # model.py:12 in forward: h = self.embed(ids)
+    slice_ids: i64[1, 16 of 32] = sp.shard(ids, S(1: 32))
+    h: f32[1, 16 of 32, 64] = aten.embedding(replicate_w, slice_ids)
 
-`16 of 32`: the local size of the global one. The comment has the placement and the line of the user's file.
+`16 of 32` is the local size of the global one; `S(1: 32)` a placement, see `sp_compile.sharding`.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._dtype_abbrs import dtype_abbrs
 from torch._logging._internal import trace_structured
+from torch.utils._dtype_abbrs import dtype_abbrs
 
 from .errors import user_line
 from .graph import GraphRules
@@ -113,21 +115,21 @@ def format_graph(
     origin: Mapping[str, str] | None = None,
     whole: Mapping[str, Any] | None = None,
 ) -> str:
-    """One line a node: name, dtype and shape, call, and what is noted of it."""
+    """One line a node: name, dtype and shape, call, and what is noted of it; the user's lines stand between."""
     lines = []
+    place = ""
     for node in module.graph.nodes:
         value = node.meta.get("val")
-        full = (whole or {}).get((origin or {}).get(node.name, ""))
-        described = _describe(value, full)
+        described = _describe(value, (whole or {}).get((origin or {}).get(node.name, "")))
         shown = f"{node.name}: {described}" if described else node.name
         if node.op == "output":
             shown = f"return {_format(node.args[0])}"
         elif node.op != "placeholder":
-            arguments = [_format(arg) for arg in node.args]
-            arguments += [f"{key}={_format(arg)}" for key, arg in node.kwargs.items()]
-            shown += f" = {_target(node)}({', '.join(arguments)})"
-        remarks = [note(node), user_line(node) if node.meta.get("stack_trace") else ""]
-        remark = "  ".join(each for each in remarks if each)
+            if node.meta.get("stack_trace") and user_line(node) != place:
+                place = user_line(node)
+                lines.append(f"# {place}")
+            shown += f" = {_call(node)}"
+        remark = note(node)
         lines.append(f"{shown}  # {remark}" if remark else shown)
     return "\n".join(lines)
 
@@ -146,10 +148,37 @@ def _describe(value: Any, whole: Any) -> str:
     return f"{dtype_abbrs[value.dtype]}[{', '.join(sizes)}]"
 
 
-def _target(node: fx.Node) -> str:
-    if isinstance(node.target, torch._ops.OpOverload):
-        return f"{node.target.namespace}.{node.target._opname}"
-    return getattr(node.target, "__name__", str(node.target))
+def _call(node: fx.Node) -> str:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        name = getattr(node.target, "__name__", str(node.target))
+        return f"{name}({', '.join(map(_format, node.args))})"
+    schema = node.target._schema.arguments
+    given = dict(zip((argument.name for argument in schema), node.args, strict=False)) | dict(node.kwargs)
+    by_name = node.target.namespace == "sp"
+    words = []
+    for argument in schema:
+        name = argument.name
+        if name not in given or (argument.has_default_value() and given[name] == argument.default_value):
+            continue
+        if by_name and (name in ("rank", "group") or name.endswith(("outer", "sizes", "granules"))):
+            continue
+        if by_name and name.endswith("dim") and f"{name[:-3]}sizes" in given:
+            words.append(_layout(given, name[:-3]))
+        elif argument.kwarg_only or argument.has_default_value():
+            words.append(f"{name}={_format(given[name])}")
+        else:
+            words.append(_format(given[name]))
+    return f"{node.target.namespace}.{node.target._opname}({', '.join(words)})"
+
+
+def _layout(given: Mapping[str, Any], prefix: str) -> str:
+    """The four arguments of a layout as the placement that they are, `S(2: 32)`."""
+    segments = [
+        f"{size}" if granule == 1 else f"{size}/{granule}"
+        for size, granule in zip(given[f"{prefix}sizes"], given[f"{prefix}granules"], strict=True)
+    ]
+    outer = "" if given[f"{prefix}outer"] == 1 else f"{given[f'{prefix}outer']}x"
+    return f"{prefix.replace('_', ' ')}S({given[f'{prefix}dim']}: {outer}{'+'.join(segments)})"
 
 
 def _format(argument: Any) -> str:

@@ -203,21 +203,35 @@ def _gather(x: Tensor, layout: ShardedDim, group: str) -> Tensor:
     return _join(_collectives.wait_tensor(gathered), layout, parts)
 
 
-def _exchange(x: Tensor, gather: ShardedDim, scatter: ShardedDim, group: str, zero: bool) -> Tensor:
-    """Local along `gather`, whole along `scatter` -> the reverse, by equal parts."""
+def _start_exchange(x: Tensor, scatter: ShardedDim, group: str, zero: bool) -> Tensor:
+    """Whole along `scatter` -> `[P, ..]`, a piece from every rank; to be waited for."""
     parts = _group_size(group)
     sent, ones = _cut_for_all(x, scatter, parts, zero).contiguous(), [1] * parts
-    received = _collectives.all_to_all_single(sent, ones, ones, group)
-    return _join(_collectives.wait_tensor(received), gather, parts)
+    received: Tensor = _collectives.all_to_all_single(sent, ones, ones, group)
+    return received
+
+
+def _exchange(x: Tensor, gather: ShardedDim, scatter: ShardedDim, group: str, zero: bool) -> Tensor:
+    """Local along `gather`, whole along `scatter` -> the reverse, by equal parts."""
+    received = _start_exchange(x, scatter, group, zero)
+    return _join(_collectives.wait_tensor(received), gather, _group_size(group))
+
+
+def _as_transported(x: Tensor) -> Tensor:
+    """`x`, or a view of its bytes, a new last dimension, if transports refuse it."""
+    if x.dtype in _TRANSPORTED:
+        return x
+    # A lazy conjugate or negative has no bytes of its own.
+    return x.resolve_conj().resolve_neg().unsqueeze(-1).view(torch.uint8)
+
+
+def _as_before(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `_as_transported`."""
+    return data if dtype in _TRANSPORTED else data.contiguous().view(dtype).squeeze(-1)
 
 
 def _moved(move: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`move(x)`; of a view of the bytes of x, a new last dimension, if transports refuse it."""
-    if x.dtype in _TRANSPORTED:
-        return move(x)
-    # A lazy conjugate or negative has no bytes of its own.
-    data = x.resolve_conj().resolve_neg().unsqueeze(-1).view(torch.uint8)
-    return move(data).contiguous().view(x.dtype).squeeze(-1)
+    return _as_before(move(_as_transported(x)), x.dtype)
 
 
 def _all_reduce(x: Tensor, kind: str, group: str) -> Tensor:
@@ -281,6 +295,33 @@ class _AllToAll(_Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _AllToAll.run(grad, ctx.scatter, ctx.gather, ctx.group, True), *[None] * 4
+
+
+class _StartAllToAll(_Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scatter: ShardedDim, group: str, zero: bool = False) -> Tensor:
+        ctx.scatter, ctx.group = scatter, group
+        return _start_exchange(_as_transported(x), scatter, group, zero)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _ReturnPieces.run(grad, ctx.scatter, ctx.group), *[None] * 3
+
+
+class _ReturnPieces(_Function):
+    """`[P, ..]` -> whole along `scatter`: each piece back to the rank that cut it."""
+
+    @staticmethod
+    def forward(ctx: Any, pieces: Tensor, scatter: ShardedDim, group: str) -> Tensor:
+        ctx.scatter, ctx.group, parts = scatter, group, _group_size(group)
+        ones = [1] * parts
+        received = _collectives.all_to_all_single(pieces.contiguous(), ones, ones, group)
+        return _join(_collectives.wait_tensor(received), scatter, parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        pieces = _StartAllToAll.run(grad, ctx.scatter, ctx.group, True)
+        return _collectives.wait_tensor(pieces), None, None
 
 
 class _Sum(_Function):
@@ -463,6 +504,37 @@ def all_to_all(
     scatter = _layout(x, scatter_dim, scatter_outer, scatter_sizes, scatter_granules)
     _check_distinct(x, gather.dim, scatter.dim)
     return _AllToAll.run(x, gather, scatter, group)
+
+
+@_op(f"start_all_to_all(Tensor x, {_SCATTER}, str group) -> Tensor")
+def start_all_to_all(
+    x: Tensor, scatter_dim: int, scatter_outer: int, scatter_sizes: Sizes, scatter_granules: Sizes, group: str
+) -> Tensor:
+    """The first half of `all_to_all`: `[P, ..]`, a piece from every rank, that nothing may read before the other half.
+
+    A dtype that transports refuse is sent as bytes, a last dimension. Backward: each piece of the
+    gradient goes back to the rank that cut it, those of padding are dropped.
+    """
+    scatter = _layout(x, scatter_dim, scatter_outer, scatter_sizes, scatter_granules)
+    return _StartAllToAll.run(x, scatter, group)
+
+
+@_op(f"finish_all_to_all(Tensor pieces, {_GATHER}, ScalarType dtype, str group) -> Tensor")
+def finish_all_to_all(
+    pieces: Tensor,
+    gather_dim: int,
+    gather_outer: int,
+    gather_sizes: Sizes,
+    gather_granules: Sizes,
+    dtype: torch.dtype,
+    group: str,
+) -> Tensor:
+    """The second half of `all_to_all`: waits for the pieces of a tensor of `dtype`, lays them along `gather_dim >= 0`.
+
+    Local, and so is backward: the pieces of the gradient, 0 at padding.
+    """
+    gather = ShardedDim(gather_dim, gather_outer, gather_sizes, gather_granules)
+    return _as_before(_join(_collectives.wait_tensor(pieces), gather, _group_size(group)), dtype)
 
 
 @_op("all_reduce(Tensor x, str kind, str group) -> Tensor")

@@ -32,7 +32,15 @@ def size_of(value: int | torch.SymInt | sympy.Expr) -> Size:
     if isinstance(value, int):
         return value
     expr = value.node.expr if isinstance(value, torch.SymInt) else value
+    if expr.has(FloorDiv):
+        expr = expr.replace(FloorDiv, _without_floor)
     return int(expr) if expr.is_Integer else expr
+
+
+def _without_floor(size: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr:
+    """`s * 12 // s` is 12: one size has one expression, so that sizes may be compared as they are written."""
+    quotient = sympy.cancel(size / divisor)
+    return quotient if quotient.is_integer else FloorDiv(size, divisor)
 
 
 def product(sizes: Sequence[Size]) -> Size:

@@ -57,7 +57,9 @@ def bert(**config: Any) -> nn.Module:
 def vit(**config: Any) -> nn.Module:
     """Two layers on 36 patches and a class token."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-    return ViTForImageClassification(ViTConfig(**{**sizes, "image_size": 24, "patch_size": 4, "num_labels": 5, **config}))
+    return ViTForImageClassification(
+        ViTConfig(**{**sizes, "image_size": 24, "patch_size": 4, "num_labels": 5, **config})
+    )
 
 
 MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert, "vit": vit}

@@ -19,8 +19,7 @@ from torch.utils import _pytree as pytree
 
 from sp_compile.rule import Joined, OpCall, OpSharding, OpShardingRule
 from sp_compile.rules import rule_for
-from sp_compile.rules.registry import has_rule
-from sp_compile.rules.registry import _RULES
+from sp_compile.rules.registry import _RULES, has_rule
 from sp_compile.sharding import REPLICATED, Layout, Placement, Segment, Sharded, local_shape
 from tests.simulation import simulate
 
@@ -419,6 +418,13 @@ def _cases() -> Iterator[Case]:
     yield case(aten.embedding.default, f(11, 7), ids(11, 2, 5))
     yield case(aten.embedding.default, f(11, 7), ids(11, 5), 3)
     yield case(aten.index.Tensor, f(11, 5, 7), [ids(11, 3)])
+    yield case(aten._unsafe_index.Tensor, f(11, 5, 7), [ids(11, 3)])
+    yield case(aten._fft_r2c.default, f(3, 5, 7), [1], 0, True)
+    yield case(aten._fft_c2c.default, torch.complex(f(3, 5, 7), f(3, 5, 7)), [2], 0, True)
+    yield case(aten._fft_c2r.default, torch.complex(f(3, 5, 4), f(3, 5, 4)), [2], 0, 7)
+    yield case(aten.zero.default, f(2, 5, 7))
+    yield case(aten.fill.Scalar, f(2, 5, 7), 3)
+    yield case(aten.fill.Tensor, f(2, 5, 7), f())
     yield case(aten.index.Tensor, f(5, 11, 7), [None, ids(11, 2, 3)])
     yield case(aten.index.Tensor, f(5, 11, 7, 2), [None, ids(11, 3, 1), ids(7, 13)])
     yield case(aten.index.Tensor, f(5, 11, 7), [ids(5, 3), None, ids(7, 1)])

@@ -50,6 +50,9 @@ def copy_rule(call: OpCall) -> OpShardingRule | None:
     aten.zeros_like.default,
     aten.ones_like.default,
     aten.empty_like.default,
+    aten.zero.default,
+    aten.fill.Scalar,
+    aten.fill.Tensor,
 )
 def like_rule(call: OpCall) -> OpShardingRule | None:
     """The shape of the operand matters, its values do not."""

@@ -79,7 +79,13 @@ def rule_for(call: OpCall) -> OpShardingRule | None:
     function = _RULES.get(call.target)
     if function is None and _is_pointwise(call.target):
         function = _RULES[torch.ops.aten.add.Tensor]
-    return function(call) if function else None
+    try:
+        return function(call) if function else None
+    except RuleError:
+        # Sizes that are equal for all lengths but are not known to be: without a rule the op is right all the same.
+        if all(isinstance(size, int) for spec in call.operands for size in spec.shape):
+            raise
+        return None
 
 
 def register_sharding_rule(op: OpOverload | OpOverloadPacket, text: str) -> None:

@@ -29,7 +29,7 @@ def embedding_rule(call: OpCall) -> OpShardingRule | None:
     return fit(call, [[("v",), channels], ids], [[*ids, channels]], need_replication=frozenset("v"))
 
 
-@rule(aten.index.Tensor)
+@rule(aten.index.Tensor, aten._unsafe_index.Tensor)
 def index_rule(call: OpCall) -> OpShardingRule | None:
     """`v! c, ... -> ... c`; the indices' dimensions come first if the indexed ones are not neighbours."""
     result = call.results[0]

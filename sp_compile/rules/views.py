@@ -331,6 +331,18 @@ def some_whole_dims_rule(call: OpCall) -> OpShardingRule | None:
     return whole_dims_rule(call, wrap(call["dims"], len(call.operands[0].shape)))
 
 
+@rule(aten._fft_r2c.default, aten._fft_c2c.default, aten._fft_c2r.default)
+def fourier_rule(call: OpCall) -> OpShardingRule | None:
+    """The transformed dimensions `!`, of which one may change its size."""
+    source, result = call.operands[0], call.results[0]
+    whole = wrap(call["dim"], len(source.shape))
+    dims = plain(source.shape)
+    if result is None:
+        return None
+    made: list[Dim] = [(f"k{at}",) if at in whole and size != 1 else dims[at] for at, size in enumerate(result.shape)]
+    return fit(call, [dims], [made], need_replication=frozenset(f"{letter}{at}" for at in whole for letter in "dk"))
+
+
 @rule(aten.unfold.default)
 def unfold_rule(call: OpCall) -> OpShardingRule | None:
     """`s! -> w! … k!`: windows may overlap."""

@@ -1,0 +1,136 @@
+"""A traced graph in one vocabulary: one reshape, no asserts of what is known, writes to inputs as an epilogue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils import _pytree as pytree
+
+from sp_compile.errors import CaptureError, user_line
+
+aten = torch.ops.aten
+
+GRAD_MODE = torch._C._set_grad_enabled
+ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
+EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
+STATE = (GRAD_MODE, ENTER_AUTOCAST, EXIT_AUTOCAST)
+_ASSERTS = (
+    aten._assert_async.default,
+    aten._assert_async.msg,
+    aten._assert_scalar.default,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+)
+_RESHAPES = (aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default)
+
+
+def canonical(
+    traced: GraphModule,
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    mutated: Sequence[int],
+    returned: dict[int, int],
+) -> GraphModule:
+    """The traced graph in one vocabulary, with its epilogue; inputs are called as the user calls them."""
+    graph = Graph()
+    env: dict[Node, Any] = {}
+    old_placeholders = traced.graph.find_nodes(op="placeholder")
+    placeholders = []
+    for old, dynamo, value in zip(old_placeholders, gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        node = graph.create_node("placeholder", dynamo.target, name=_short_name(dynamo.name))
+        kept = {k: v for k, v in dynamo.meta.items() if k not in ("example_value", "grapharg")}
+        node.meta = {**kept, **old.meta, "val": value}
+        placeholders.append(node)
+        env[old] = node
+    for i in mutated:
+        # copy_ into what autograd has saved would break the backward of the graph run eagerly.
+        clone = graph.call_function(aten.clone.default, (placeholders[i],))
+        clone.meta = dict(old_placeholders[i].meta)
+        env[old_placeholders[i]] = clone
+    for old in traced.graph.nodes:
+        if old.op in ("call_function", "get_attr"):
+            env[old] = _rewrite(graph, traced, old, env)
+    results: list[Any] = pytree.tree_map_only(
+        Node,
+        env.__getitem__,
+        list(traced.graph.output_node().args[0]),  # type: ignore[arg-type]
+    )
+    updates = results[len(results) - len(mutated) :]
+    for i, update in zip(mutated, updates, strict=True):
+        epilogue = graph.call_function(aten.copy_.default, (placeholders[i], update))
+        epilogue.meta = {**update.meta, "val": inputs[i]}
+    outputs = results[: len(results) - len(mutated)]
+    for position, i in returned.items():
+        outputs[position] = placeholders[i]
+    graph.output(tuple(outputs)).meta = dict(gm.graph.output_node().meta)
+    graph.eliminate_dead_code(_has_effect)
+    graph.lint()
+    return GraphModule(traced, graph)
+
+
+def _short_name(name: str) -> str:
+    """`l_self_modules_layers_modules_0_parameters_weight_` is `layers_0_weight`."""
+    words = [word for word in name.removeprefix("l_").split("_") if word]
+    kept = [word for word in words if word not in ("self", "modules", "parameters", "buffers", "fn")]
+    return "_".join(kept or words)
+
+
+def _rewrite(graph: Graph, traced: GraphModule, old: Node, env: dict[Node, Any]) -> Any:
+    target = old.target
+    if isinstance(target, HigherOrderOperator):
+        raise CaptureError(f"{target.name()} is no ATen operator ({user_line(old)})")
+    if target is aten._assert_tensor_metadata.default:
+        return None
+    operand: Any = old.args[0] if old.args else None
+    if target is aten.alias.default or (target in (*_RESHAPES, aten.expand.default) and _same_shape(old, operand)):
+        return env[operand]
+    new = graph.node_copy(old, lambda n: env[n])
+    if target in _RESHAPES:
+        new.target, new.args, new.kwargs = aten.reshape.default, new.args[:2], {}
+    elif target is aten.lift_fresh_copy.default:
+        constant = getattr(traced, operand.target)
+        if constant.numel() == 1:
+            value = old.meta["val"]
+            new.target, new.args = aten.full.default, (list(value.shape), constant.item())
+            new.kwargs = {"dtype": value.dtype, "device": value.device}
+        else:
+            new.target = aten.clone.default
+    elif target is aten.cat.default:
+        _drop_empty_operands(new)
+    return new
+
+
+def _same_shape(node: Node, other: Node) -> bool:
+    a, b = node.meta["val"].shape, other.meta["val"].shape
+    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
+
+
+def _drop_empty_operands(cat: Node) -> None:
+    """`cat` passes over one-dimensional tensors without elements (Hugging Face's empty KV cache)."""
+    operands: Any = cat.args[0]
+    full = [x for x in operands if x.meta["val"].shape != (0,)]
+    value = cat.meta["val"]
+    if len(full) == len(operands) or not full or value.dim() == 1:
+        return
+    if len(full) > 1 and all(x.meta["val"].dtype == value.dtype for x in full):
+        cat.args = (full, *cat.args[1:])
+    elif len(full) == 1:
+        cat.target, cat.args, cat.kwargs = aten.clone.default, (full[0],), {}
+        if full[0].meta["val"].dtype != value.dtype:
+            cat.target, cat.kwargs = aten._to_copy.default, {"dtype": value.dtype}
+
+
+def _has_effect(node: Node) -> bool:
+    """Nodes that stay without a user. Dead random operators stay too: they draw numbers."""
+    if node.op != "call_function":
+        return node.op != "get_attr"
+    if node.target in STATE or node.target in _ASSERTS:
+        return True
+    return isinstance(node.target, OpOverload) and (
+        node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
+    )
