@@ -25,19 +25,13 @@ import torch
 import torch.distributed as dist
 import transformers
 from tabulate import tabulate
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sp_compile import RewrittenGraph, init_sequence_parallel, rewritten_graphs, sp_backend
 
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 2e-4
-# What moves rows between ranks, and which argument is the dimension that becomes whole.
-EXCHANGES = {
-    torch.ops.sp.all_to_all.default: 1,
-    torch.ops.sp.all_to_all_kv.default: 2,
-    torch.ops.sp.all_gather.default: 2,
-}
 
 
 @dataclass
@@ -167,9 +161,10 @@ def describe_attention(graph: RewrittenGraph) -> str:
     sites = {planned.site.output.name: number for number, planned in enumerate(graph.plan.sites)}
     moved = [0] * (len(sites) + 1)
     upcoming = 0
+    exchanges = {each.name: each for each in graph.collectives}
     for node in graph.rewritten.graph.nodes:
-        if node.target in EXCHANGES:
-            moved[sites.get(node.args[0].name, upcoming)] += received_bytes(node, graph.plan.parts)
+        if node.name in exchanges:
+            moved[sites.get(exchanges[node.name].source, upcoming)] += exchanges[node.name].bytes
         upcoming = sites.get(node.name, upcoming - 1) + 1
     rows = []
     for planned, size in zip(graph.plan.sites, moved, strict=False):
@@ -180,19 +175,6 @@ def describe_attention(graph: RewrittenGraph) -> str:
         rows.append([path.removeprefix("L['self']."), *heads, planned.strategy, f"{size:,}"])
     columns = ["attention", "heads", "KV heads moved", "strategy", "bytes received per rank, forward"]
     return tabulate(rows, columns, colalign=("left", "right", "right", "left", "right"))
-
-
-def received_bytes(node: fx.Node, parts: int) -> int:
-    """What rank 0 receives in an exchange: the result, but for its own block and the KV heads that it repeats."""
-    local, dim = node.args[0], node.args[EXCHANGES[node.target]]
-    before, after = local.meta["val"], node.meta["val"]
-    size = after.numel() * after.element_size() * (after.shape[dim] - before.shape[dim]) // after.shape[dim]
-    if node.target is not torch.ops.sp.all_to_all_kv.default:
-        return size
-    head_dim, heads = node.args[6:8]
-    mine, shared = after.shape[head_dim], heads // before.shape[head_dim]
-    read = [len({min(head, heads - 1) // shared for head in range(r * mine, (r + 1) * mine)}) for r in range(parts)]
-    return size * max(read) // mine
 
 
 def describe_differences(largest: dict[str, float]) -> str:

@@ -20,13 +20,13 @@ from torch._subclasses import FakeTensorMode
 
 from .capture import CapturedGraph, capture
 from .config import SequenceParallelConfig
-from .debug import record
+from .debug import RewrittenGraph, record
 from .errors import CaptureError, FallbackError, user_line
 from .graph import GraphRules
 from .group import current_epoch, rank_tensor, resolve_group
 from .ops import LOWERING_VERSION
 from .passes import find_attention, insert_collectives, propagate
-from .plan import Fallback, ShardingPlan
+from .plan import Fallback
 from .rules import stays_whole
 from .sharding import Placement, Sharded
 
@@ -89,8 +89,8 @@ def _compile(
         return _compile_inner(config, gm, example_inputs)
     sharded = insert_collectives(captured.graph_module, rules, plan, group.group_name, config)
     _set_local_values(sharded.graph_module, captured)
-    record(captured.graph_module, rules, sites, plan, sharded, config.dump)
-    log.info("%s, planned in %.2f s", _summary(plan), time.perf_counter() - started)
+    rewritten = record(captured.graph_module, rules, sites, plan, sharded, config.dump)
+    log.info("%s; planned in %.2f s", _summary(rewritten), time.perf_counter() - started)
     rank = rank_tensor(group, _device(example_inputs))
     with torch.compiler.config.patch(cache_key_tag=_cache_key_tag(group)):  # type: ignore[attr-defined]
         inner = _compile_inner(config, sharded.graph_module, [*example_inputs, rank])
@@ -155,7 +155,11 @@ def _report(fallbacks: Sequence[Fallback], strict: bool) -> None:
         log.warning("%s", text)
 
 
-def _summary(plan: ShardingPlan) -> str:
-    strategies = [site.strategy for site in plan.sites]
+def _summary(graph: RewrittenGraph) -> str:
+    strategies = [site.strategy for site in graph.plan.sites]
     counts = ", ".join(f"{strategies.count(name)} {name}" for name in dict.fromkeys(strategies)) or "none"
-    return f"sharded over {plan.parts} ranks: attention sites: {counts}; fallbacks: {len(plan.fallbacks)}"
+    moved = sum(each.bytes for each in graph.collectives)
+    return (
+        f"{graph.name} on {graph.plan.parts} ranks: attention sites: {counts}; {len(graph.collectives)} collectives, "
+        f"{moved:,} bytes received per rank, forward; {len(graph.plan.fallbacks)} fallbacks"
+    )

@@ -24,6 +24,7 @@ from torch import fx
 from torch._logging._internal import trace_structured
 from torch.utils._dtype_abbrs import dtype_abbrs
 
+from .cost import Collective, collectives
 from .errors import user_line
 from .graph import GraphRules
 from .passes import ShardedGraph
@@ -42,6 +43,8 @@ class RewrittenGraph:
     rewritten: fx.GraphModule
     """With collectives and local shapes; the last input is `sp_rank`."""
     plan: ShardingPlan
+    collectives: tuple[Collective, ...]
+    """What it moves in one forward, in order."""
     stages: tuple[tuple[str, str], ...]
     """(pass, the graph after it as text), in order."""
 
@@ -88,7 +91,8 @@ def record(
             folder = Path(dump)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{title}.txt").write_text(text + "\n")
-    graph = RewrittenGraph(name, captured, sharded.graph_module, plan, stages)
+    moved = collectives(sharded.graph_module.graph, plan.parts)
+    graph = RewrittenGraph(name, captured, sharded.graph_module, plan, moved, stages)
     _rewritten.append(graph)
     return graph
 

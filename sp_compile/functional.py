@@ -42,6 +42,7 @@ from torch import Tensor
 from torch.compiler import assume_constant_result
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from sp_compile import ops  # noqa: F401  defines torch.ops.sp
 from sp_compile.errors import SequenceParallelError
@@ -119,32 +120,64 @@ class _Place(NamedTuple):
     devices: tuple[str, ...]
 
 
-# Dynamo keeps what these return and compiles anew when the groups change (`init_sequence_parallel` resets it); the rank
-# becomes an attribute of the graph, data, so that all ranks compile the same text.
+class _Ranks:
+    """For each group and device an attribute: my rank, int64 `[1]`. A compiled function reads it as an input."""
+
+
+_ranks = _Ranks()
+
+
+# Dynamo keeps what these return and compiles anew when the groups change, since `init_sequence_parallel` resets it.
 @assume_constant_result  # type: ignore[untyped-decorator]
-def _find_place(group: Group) -> _Place | None:
-    found = resolve_group(group)
-    if found is None or found.size() == 1:
+def _find_place(name: str | None) -> _Place | None:
+    group = _find_group(name)
+    if group is None or group.size() == 1:
         return None
-    return _Place(found.group_name, found.size(), tuple(sorted(device.type for device in found._device_types)))
+    return _Place(group.group_name, group.size(), tuple(sorted(device.type for device in group._device_types)))
 
 
 @assume_constant_result  # type: ignore[untyped-decorator]
-def _rank(group: Group, device: torch.device | str) -> Tensor:
-    found = resolve_group(group)
-    assert found is not None
-    return rank_tensor(found, device)
+def _keep_rank(name: str, device: torch.device) -> str:
+    """The name of the attribute of `_ranks`."""
+    group, key = _find_group(name), f"rank in {name} on {device}"
+    assert group is not None
+    rank, kept = rank_tensor(group, device), getattr(_ranks, key, None)
+    # The same tensor while nothing has changed: a graph reads it once.
+    if kept is None or type(kept) is not Tensor or type(rank) is not Tensor or not torch.equal(kept, rank):
+        setattr(_ranks, key, rank)
+    return key
 
 
 @assume_constant_result  # type: ignore[untyped-decorator]
-def _rank_number(group: Group) -> int:
-    rank: int = _rank(group, "cpu").item()  # under LocalTensorMode a SymInt, the rank of each
+def _rank_number(name: str) -> int:
+    group = _find_group(name)
+    assert group is not None
+    rank: int = rank_tensor(group, "cpu").item()  # under LocalTensorMode a SymInt, the rank of each
+    return rank
+
+
+def _find_group(name: str | None) -> ProcessGroup | None:
+    return resolve_group(None) if name is None else _resolve_process_group(GroupName(name))
+
+
+def _group_name(group: Group) -> str | None:
+    found = None if group is None else resolve_group(group)
+    return None if found is None else found.group_name
+
+
+def _rank(x: Tensor, place: _Place) -> Tensor:
+    """My rank as data: all ranks compile the same text."""
+    if not torch.compiler.is_compiling():
+        group = _find_group(place.group)
+        assert group is not None
+        return rank_tensor(group, x.device)
+    rank: Tensor = getattr(_ranks, _keep_rank(place.group, x.device))
     return rank
 
 
 def _place(x: Tensor, group: Group) -> _Place | None:
     """Where `x` can be sent, or None if there is nobody to send it to."""
-    place: _Place | None = _find_place(group)
+    place: _Place | None = _find_place(_group_name(group))
     if place is not None and x.device.type not in place.devices:
         raise SequenceParallelError(
             f"a tensor on the device {str(x.device)!r}, but the group of {place.parts} ranks moves tensors on "
@@ -175,15 +208,15 @@ def _all_to_all(x: Tensor, gather_dim: int, scatter_dim: int, place: _Place) -> 
     return result
 
 
-def _all_gather(x: Tensor, dim: int, place: _Place, group: Group, factor: float) -> Tensor:
+def _all_gather(x: Tensor, dim: int, place: _Place, factor: float) -> Tensor:
     x = _sp.scale_gradient(x, factor) if factor != 1 else x
-    result: Tensor = _sp.all_gather(x, _rank(group, x.device), dim, *_lengths(x, dim, place.parts), place.group)
+    result: Tensor = _sp.all_gather(x, _rank(x, place), dim, *_lengths(x, dim, place.parts), place.group)
     return result
 
 
-def _shard(x: Tensor, dim: int, place: _Place, group: Group, factor: float) -> Tensor:
+def _shard(x: Tensor, dim: int, place: _Place, factor: float) -> Tensor:
     x = _sp.scale_gradient(x, factor) if factor != 1 else x
-    result: Tensor = _sp.shard(x, _rank(group, x.device), dim, *_lengths(x, dim), place.group)
+    result: Tensor = _sp.shard(x, _rank(x, place), dim, *_lengths(x, dim), place.group)
     return result
 
 
@@ -390,11 +423,11 @@ def slice_inputs(x: Tensor, dim: int, padding: bool = True, *, scale_grad: bool 
     place = _place(x, group)
     if place is None:
         return x
-    part = _shard(x, dim, place, group, 1 / place.parts if scale_grad else 1)
+    part = _shard(x, dim, place, 1 / place.parts if scale_grad else 1)
     if padding or x.shape[dim] % place.parts == 0:
         return part
     unit = block_rows(x.shape[dim], 1, place.parts)
-    return part.narrow(dim, 0, torch.sym_max(0, torch.sym_min(unit, x.shape[dim] - _rank_number(group) * unit)))
+    return part.narrow(dim, 0, torch.sym_max(0, torch.sym_min(unit, x.shape[dim] - _rank_number(place.group) * unit)))
 
 
 def scatter_heads(x: Tensor, dim: int, grad_scale: bool = False, *, group: Group = None) -> Tensor:
@@ -426,7 +459,7 @@ def gather_heads(
     place = _place(x, group)
     if place is None:
         return x
-    return _unpad_to(_all_gather(x, dim, place, group, place.parts if grad_scale else 1), dim, unpad_dim_size)
+    return _unpad_to(_all_gather(x, dim, place, place.parts if grad_scale else 1), dim, unpad_dim_size)
 
 
 def gather_outputs(
@@ -461,7 +494,7 @@ def gather_outputs(
     place = _place(x, group)
     if place is None:
         return x
-    x = _all_gather(x, gather_dim, place, group, place.parts if scale_grad else 1)
+    x = _all_gather(x, gather_dim, place, place.parts if scale_grad else 1)
     if padding_dim is None or unpad_shape is None:
         return x
     return _unpad_to(x, padding_dim, _total(unpad_shape, cache))
@@ -474,7 +507,7 @@ def remove_sequence_parallel_padding(x: Tensor, dim: int, unpad_dim_size: int, *
         SequenceParallelError: `dim` out of range, or there are fewer rows.
     """
     (dim,) = _dims(x, dim=dim)
-    return x if _find_place(group) is None else _unpad_to(x, dim, unpad_dim_size)
+    return x if _find_place(_group_name(group)) is None else _unpad_to(x, dim, unpad_dim_size)
 
 
 def _unpad_to(x: Tensor, dim: int, size: int | None) -> Tensor:

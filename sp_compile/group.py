@@ -4,9 +4,11 @@ Of a world of 8 ranks with `init_sequence_parallel(4)`:
 
     SP groups              [0 1 2 3]  [4 5 6 7]        contiguous: the fastest links
     data-parallel groups   [0 4] [1 5] [2 6] [3 7]     the strided complement
+    data groups            [0 1 2 3]  [4 5 6 7]        the SP ranks again, for `sp_compile.data`
 
-Both are new process groups of the library's own: no collective of ours is ever launched on WORLD
-or on a group of the user's mesh, where it could interleave with the user's.
+All are new process groups of the library's own: no collective of ours is ever launched on WORLD
+or on a group of the user's mesh, where it could interleave with the user's. Inputs move on a group
+apart, so that a broadcast in flight never interleaves with the collectives of a compiled graph.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ class SequenceParallelState:
     """Rises whenever the groups change, so that what was compiled for others can tell."""
     group: ProcessGroup | None = None
     data_parallel_group: ProcessGroup | None = None
+    data_group: ProcessGroup | None = None
     world: ProcessGroup | None = None
     """The default group that the others were made in; they die with it."""
 
@@ -43,7 +46,7 @@ _state = SequenceParallelState(epoch=0)
 
 
 def init_sequence_parallel(sequence_parallel_size: int | None = None, *, device_mesh: DeviceMesh | None = None) -> None:
-    """Make the SP group and the data-parallel group of this rank. Every rank of the world calls it.
+    """Make the SP group, the data group and the data-parallel group of this rank. Every rank of the world calls it.
 
     Under `torchrun` without a process group it initialises one: nccl where there are GPUs (the
     current device becomes `LOCAL_RANK`), else gloo. A second call replaces the groups of the first.
@@ -70,7 +73,8 @@ def init_sequence_parallel(sequence_parallel_size: int | None = None, *, device_
     data_parallel_group, _ = dist.new_subgroups_by_enumeration(
         [list(ranks) for ranks in zip(*sp_groups, strict=True)], group_desc="data_parallel"
     )
-    _state = SequenceParallelState(_state.epoch + 1, group, data_parallel_group, dist.group.WORLD)
+    data_group, _ = dist.new_subgroups_by_enumeration(sp_groups, backend=_data_backend(), group_desc="data")
+    _state = SequenceParallelState(_state.epoch + 1, group, data_parallel_group, data_group, dist.group.WORLD)
     torch._dynamo.reset()  # Dynamo does not guard on the group: what was compiled before compiles anew
 
 
@@ -88,6 +92,7 @@ def destroy_sequence_parallel() -> None:
     torch._dynamo.reset()
     dist.destroy_process_group(state.group)
     dist.destroy_process_group(state.data_parallel_group)
+    dist.destroy_process_group(state.data_group)
 
 
 def is_sequence_parallel_initialized() -> bool:
@@ -103,6 +108,11 @@ def current_epoch() -> int:
 def get_sequence_parallel_group() -> ProcessGroup | None:
     """The SP group of this rank, or `None` before `init_sequence_parallel`."""
     return _live_state().group
+
+
+def get_data_group() -> ProcessGroup | None:
+    """The ranks of the SP group in a process group apart, on which inputs move; `None` without one."""
+    return _live_state().data_group
 
 
 def get_sequence_parallel_rank() -> int:
@@ -195,6 +205,12 @@ def _init_process_group_from_launcher() -> None:
         dist.init_process_group("nccl")
     else:
         dist.init_process_group("gloo")
+
+
+def _data_backend() -> str | None:
+    """The backend of the world; where that is for GPUs only, with gloo beside it for what is on the CPU."""
+    backend: str = dist.get_backend_config()
+    return None if "cpu:" in backend else f"cpu:gloo,{backend}"
 
 
 def _contiguous_groups(size: int | None) -> list[list[int]]:

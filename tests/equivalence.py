@@ -113,12 +113,5 @@ def assert_equivalent(
 
 
 def collectives(graph: RewrittenGraph) -> list[str]:
-    """The names of the nodes that move data, in order; local `sp::` ops are left out."""
-    moving = {"all_to_all", "all_to_all_kv", "all_gather", "all_reduce", "select_rows"}
-    return [
-        node.name
-        for node in graph.rewritten.graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload)
-        and node.target.namespace == "sp"
-        and node.target._opname in moving
-    ]
+    """The names of the nodes that move data, in order."""
+    return [each.name for each in graph.collectives]
