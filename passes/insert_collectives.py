@@ -29,7 +29,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from sp_compile.config import SequenceParallelConfig
 from sp_compile.graph import GraphRules, is_tensor, source_of
-from sp_compile.plan import ShardingPlan
+from sp_compile.plan import ShardingPlan, SitePlan
 from sp_compile.rule import OpCall
 from sp_compile.sharding import (
     REPLICATED,
@@ -90,7 +90,7 @@ class _Writer:
         self.current: fx.Node | None = None
         self.rank: fx.Node | None = None
         self.trained = _trained(rules.graph)
-        self.roles = _roles(plan, rules)
+        self.roles = _roles(plan.sites)
 
     def write(self) -> ShardedGraph:
         nodes = list(self.rules.graph.nodes)
@@ -427,19 +427,12 @@ def _trained(graph: fx.Graph) -> frozenset[fx.Node]:
     return frozenset(found)
 
 
-def _roles(plan: ShardingPlan, rules: GraphRules) -> dict[fx.Node, str]:
+def _roles(sites: Sequence[SitePlan]) -> dict[fx.Node, str]:
     """What the exchanges of a Ulysses site are called, by the value that is exchanged."""
     roles: dict[fx.Node, str] = {}
-    for planned in plan.sites:
-        if planned.strategy != "ulysses":
-            continue
-        site = planned.site
-        for end, name in ((site.query, "q"), (site.key, "k"), (site.value, "v")):
-            at, index = end.node, end.index
-            value = rules.operands(at)[index]
-            while index not in plan.nodes[at].sources and value in plan.nodes and plan.nodes[value].sources:
-                at, index = value, 0
-            value = plan.nodes[at].sources.get(index, value)
-            roles.setdefault(value, f"gather_seq_scatter_heads_{name}")
-        roles[site.output] = "gather_heads_scatter_seq"
+    for planned in sites:
+        if planned.strategy == "ulysses":
+            for name, value in zip("qkv", planned.moved, strict=True):
+                roles.setdefault(value, f"gather_seq_scatter_heads_{name}")
+            roles[planned.site.output] = "gather_heads_scatter_seq"
     return roles

@@ -113,7 +113,8 @@ class _Planner:
         for node in self.rules.graph.nodes:
             if node in self.sites:
                 region = self._plan_site(self.sites[node])
-                self.site_plans.append(SitePlan(self.sites[node], region.strategy, region.reason))
+                moved = self._moved(self.sites[node], region.nodes)
+                self.site_plans.append(SitePlan(self.sites[node], region.strategy, region.reason, moved))
                 planned |= region.nodes
             if isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
                 continue  # numbers are those of the global shapes
@@ -259,6 +260,17 @@ class _Planner:
         if kept is not None:
             return _Region(kept, "all_gather_kv", "too few heads, or none that every op of the site passes")
         return _Region({}, "replicate", "no dimension that every op of the site passes")
+
+    def _moved(self, site: AttentionSite, plans: Mapping[fx.Node, NodePlan]) -> tuple[fx.Node, ...]:
+        """The values that are brought to a site for q, k and v: those before the views that moved into it."""
+        values = []
+        for end in (site.query, site.key, site.value):
+            user, index = end.node, end.index
+            value = self.rules.operands(user)[index]
+            while value in plans and value not in site.nodes:
+                user, index, value = value, 0, self.rules.operands(value)[0]
+            values.append(plans[user].sources.get(index, value) if user in plans else value)
+        return tuple(values)
 
     def _region(self, site: AttentionSite, start: OpSharding) -> dict[fx.Node, NodePlan] | None:
         """The plans of a site whose first op runs so, and whose other ops follow; None if one of them cannot."""

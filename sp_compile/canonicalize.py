@@ -52,9 +52,13 @@ def canonical(
         clone = graph.call_function(aten.clone.default, (placeholders[i],))
         clone.meta = dict(old_placeholders[i].meta)
         env[old_placeholders[i]] = clone
+    grad_mode = torch.is_grad_enabled()
+    switches = bool(traced.graph.find_nodes(op="call_function", target=GRAD_MODE))
     for old in traced.graph.nodes:
+        if old.target is GRAD_MODE:
+            grad_mode = old.args[0]
         if old.op in ("call_function", "get_attr"):
-            env[old] = _rewrite(graph, traced, old, env)
+            env[old] = _rewrite(graph, traced, old, env, cuts_gradient=switches and not grad_mode)
     results: list[Any] = pytree.tree_map_only(
         Node,
         env.__getitem__,
@@ -80,7 +84,7 @@ def _short_name(name: str) -> str:
     return "_".join(kept or words)
 
 
-def _rewrite(graph: Graph, traced: GraphModule, old: Node, env: dict[Node, Any]) -> Any:
+def _rewrite(graph: Graph, traced: GraphModule, old: Node, env: dict[Node, Any], cuts_gradient: bool) -> Any:
     target = old.target
     if isinstance(target, HigherOrderOperator):
         raise CaptureError(f"{target.name()} is no ATen operator ({user_line(old)})")
@@ -88,7 +92,8 @@ def _rewrite(graph: Graph, traced: GraphModule, old: Node, env: dict[Node, Any])
         return None
     operand: Any = old.args[0] if old.args else None
     if target is aten.alias.default or (target in (*_RESHAPES, aten.expand.default) and _same_shape(old, operand)):
-        return env[operand]
+        # A view that changes nothing still cuts the gradient where there is none.
+        return _alias(graph, old, env[operand]) if cuts_gradient else env[operand]
     new = graph.node_copy(old, lambda n: env[n])
     if target in _RESHAPES:
         new.target, new.args, new.kwargs = aten.reshape.default, new.args[:2], {}
@@ -103,6 +108,12 @@ def _rewrite(graph: Graph, traced: GraphModule, old: Node, env: dict[Node, Any])
     elif target is aten.cat.default:
         _drop_empty_operands(new)
     return new
+
+
+def _alias(graph: Graph, old: Node, operand: Node) -> Node:
+    alias = graph.call_function(aten.alias.default, (operand,))
+    alias.meta = dict(old.meta)
+    return alias
 
 
 def _same_shape(node: Node, other: Node) -> bool:

@@ -15,19 +15,21 @@ elsewhere is an error on every rank: no collective is launched that a rank will 
 from __future__ import annotations
 
 import enum
-import hashlib
 import io
 import pickle
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from functools import partial
+from itertools import zip_longest
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset, DistributedSampler
 
@@ -38,6 +40,9 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=30)
 """How long a rank waits for the others to make the same call."""
+
+STORE_BYTES = 1 << 16
+"""More than this of structure and non-tensor leaves goes by a collective instead of the store."""
 
 
 class DataError(SequenceParallelError):
@@ -82,53 +87,41 @@ class SPDistForward:
     def __call__(self, batch: T) -> Generator[T, None, None]:
         group = get_data_group()
         if group is None or group.size() == 1:
-            yield batch if self.device is None else tree_map_only(Tensor, self._place, batch)
+            yield batch if self.device is None else tree_map_only(Tensor, lambda t: t.to(self.device), batch)
             return
         place = f"SPDistForward({self.name!r}, comm_shape={self.comm_shape})"
-        packed, failure = None, None
-        try:
-            packed = _pack(batch, self._place)
-        except Exception as error:  # whatever pickle meets in the batch; all ranks must hear of it
-            failure = f"{type(error).__name__}: {error}"
-        del batch
-        payload = b"" if packed is None else pickle.dumps((packed.specs, packed.skeleton))
-        plans = [pickle.loads(text) for text in _meet(group, f"{place} at its start", payload, failure)]
+        own: list[Tensor] = []
+        texts = _meet(group, f"{place} at its start", partial(_pack, batch, self.device, own))
+        plans = [pickle.loads(text) for text in texts]
+        del batch, texts
         if not self.comm_shape:
-            _check_equal([specs for specs, _ in plans], f"{place}: ", "Pass comm_shape=True if they may differ.")
+            _check_equal([specs for specs, _ in plans], place, "Pass comm_shape=True if they may differ.")
         rank, last = dist.get_rank(group), group.size() - 1
-        coming: _Transfer | None = None
+
+        def start(source: int) -> _Transfer:
+            specs, skeleton = plans[source]
+            if source != rank:
+                tensors = [torch.empty(s.shape, dtype=s.dtype, device=self.device or s.device_type) for s in specs]
+                return _Transfer(group, source, skeleton, tensors)
+            transfer = _Transfer(group, source, skeleton, own.copy())
+            own.clear()
+            return transfer
+
+        coming: _Transfer | None = start(0)
         for step in range(last + 1):
-            current = coming or self._start(group, step, plans, packed if step == rank else None)
+            current = cast(_Transfer, coming)
             current.wait()
             if 0 < step < last:
                 _meet(group, f"{place} at step {step}")
-            coming = None
-            if step < last:
-                coming = self._start(group, step + 1, plans, packed if step + 1 == rank else None)
-            if step + 1 >= rank:
-                packed = None
+            coming = start(step + 1) if step < last else None
             try:
                 yield current.unpack()
-            except BaseException:  # closed or freed, or the structure cannot be built here
+            except BaseException:  # closed, freed, thrown into, or a batch that cannot be built here
                 if coming is not None and get_data_group() is group:
-                    coming.wait()
+                    coming.wait()  # every rank has launched it
                     if step + 1 < last:
-                        _leave(group, place)
+                        _say(group, place, _Status.LEFT)
                 raise
-
-    def _place(self, tensor: Tensor) -> Tensor:
-        return tensor if self.device is None else tensor.to(self.device, non_blocking=True)
-
-    def _start(
-        self, group: ProcessGroup, source: int, plans: list[tuple[list[_Spec], bytes]], packed: _Packed | None
-    ) -> _Transfer:
-        specs, skeleton = plans[source]
-        if packed is None:
-            tensors = [torch.empty(s.shape, dtype=s.dtype, device=self.device or s.device_type) for s in specs]
-        else:
-            tensors = packed.tensors
-        works = [dist.broadcast(_bytes(t), group=group, group_src=source, async_op=True) for t in tensors if t.numel()]
-        return _Transfer(skeleton, tensors, works)
 
 
 sync_inputs = SPDistForward("sync_inputs", comm_shape=True)
@@ -151,16 +144,16 @@ def sync_data(data: T, sp_idx: int) -> T:
         raise ConfigurationError(f"sp_idx={sp_idx} is no rank of the SP group: it has {size}, from 0 to {size - 1}.")
     if group is None or size == 1:
         return data
-    texts, failure = [b""], None
-    if dist.get_rank(group) == sp_idx:
-        try:
-            texts = [pickle.dumps(data)]
-        except Exception as error:  # whatever pickle meets in data
-            failure = f"{type(error).__name__}: {error}"
-    _meet(group, f"sync_data(sp_idx={sp_idx})", failure=failure)
+    sends = dist.get_rank(group) == sp_idx
+    texts: list[bytes] = []
+
+    def pack() -> bytes:
+        texts.append(pickle.dumps(data) if sends else b"")
+        return b""
+
+    _meet(group, f"sync_data(sp_idx={sp_idx})", pack)
     dist.broadcast_object_list(texts, group=group, group_src=sp_idx, device=torch.device("cpu"))
-    received: T = data if dist.get_rank(group) == sp_idx else pickle.loads(texts[0])
-    return received
+    return data if sends else cast(T, pickle.loads(texts[0]))
 
 
 def sp_sampler(
@@ -197,14 +190,9 @@ def check_same_inputs(*tensors: Tensor) -> None:
     group = get_data_group()
     if group is None or group.size() == 1:
         return
-    packed, failure = None, None
-    try:
-        packed = _pack(tensors, lambda tensor: tensor)
-    except Exception as error:  # whatever pickle meets; all ranks must hear of it
-        failure = f"{type(error).__name__}: {error}"
-    specs = b"" if packed is None else pickle.dumps([_spec(tensor) for tensor in tensors])
-    everyone = [pickle.loads(text) for text in _meet(group, "check_same_inputs", specs, failure)]
-    _check_equal(everyone, "check_same_inputs: ", "All ranks of an SP group work on the same sample.")
+    call, advice = "check_same_inputs", "All ranks of an SP group work on the same sample: see sp_sampler."
+    texts = _meet(group, call, lambda: pickle.dumps([_spec(_prepared(tensor)) for tensor in tensors]))
+    _check_equal([pickle.loads(text) for text in texts], call, advice)
     differing: tuple[int, str] | None = None
     for index, tensor in enumerate(tensors):
         mine = _prepared(tensor)
@@ -213,15 +201,13 @@ def check_same_inputs(*tensors: Tensor) -> None:
             dist.broadcast(_bytes(theirs), group=group, group_src=0)
         if differing is None and not torch.equal(_bytes(mine), _bytes(theirs)):
             at = int((_bytes(mine) != _bytes(theirs)).nonzero()[0]) // mine.element_size()
-            values = f"{theirs.view(-1)[at].item()} on rank 0, {mine.view(-1)[at].item()}"
-            differing = index, f"(flat) element {at} is {values}"
-    found = [pickle.loads(text) for text in _meet(group, "check_same_inputs, values", pickle.dumps(differing))]
-    if any(found):
-        index, rank = min((entry[0], rank) for rank, entry in enumerate(found) if entry)
-        raise DataError(
-            f"check_same_inputs: tensor {index}, {_spec(tensors[index])}, differs: its {found[rank][1]} on rank "
-            f"{rank} of the SP group. All its ranks work on the same sample: see sp_sampler and sync_inputs."
-        )
+            there, here = theirs.view(-1)[at].item(), mine.view(-1)[at].item()
+            differing = index, f"its element {at}, in flat order, is {there} on rank 0 and {here}"
+    texts = _meet(group, f"{call}, after its broadcasts", lambda: pickle.dumps(differing))
+    found = [(entry, rank) for rank, entry in enumerate(map(pickle.loads, texts)) if entry is not None]
+    if found:
+        (index, values), rank = min(found, key=lambda entry: (entry[0][0], entry[1]))
+        raise DataError(f"{call}: tensor {index}, {_spec(tensors[index])}: {values} on rank {rank}. {advice}")
 
 
 @dataclass(frozen=True)
@@ -234,57 +220,91 @@ class _Spec:
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)} on {self.device_type}"
 
 
-@dataclass
-class _Packed:
-    """A batch taken apart: its tensors, and the pickled rest that numbers them."""
-
-    skeleton: bytes
-    tensors: list[Tensor]
-
-    @property
-    def specs(self) -> list[_Spec]:
-        return [_spec(tensor) for tensor in self.tensors]
-
-
-@dataclass
 class _Transfer:
-    """A batch on its way, or arrived."""
+    """The batch of one rank on its way to all, launched when made."""
 
-    skeleton: bytes
-    tensors: list[Tensor]
-    works: list[dist.Work]
+    def __init__(self, group: ProcessGroup, source: int, skeleton: bytes, tensors: list[Tensor]) -> None:
+        self._skeleton = skeleton
+        self._tensors = tensors
+        self._works = [
+            dist.broadcast(_bytes(tensor), group=group, group_src=source, async_op=True)
+            for tensor in tensors
+            if tensor.numel()
+        ]
 
     def wait(self) -> None:
-        for work in self.works:
+        for work in self._works:
             work.wait()
-        self.works = []
+        self._works = []
 
     def unpack(self) -> Any:
-        """The batch; it is the caller's from then on."""
-        tensors, self.tensors = self.tensors, []
-        return _Unpickler(self.skeleton, tensors).load()
+        """The batch, which is the caller's from then on."""
+        tensors, self._tensors = self._tensors, []
+        return _Unpacker(self._skeleton, tensors).load()
 
 
-class _Pickler(pickle.Pickler):
+class _Packer(pickle.Pickler):
+    """Pickles all but tensors, which it numbers and lists; one that occurs twice is listed once."""
+
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
-        self.tensors: dict[int, Tensor] = {}
+        self.tensors: list[Tensor] = []
+        self._numbers: dict[int, int] = {}
 
     def persistent_id(self, obj: Any) -> int | None:
         if not isinstance(obj, Tensor):
             return None
-        numbers = {key: number for number, key in enumerate(self.tensors)}
-        self.tensors.setdefault(id(obj), obj)
-        return numbers.get(id(obj), len(numbers))
+        if id(obj) not in self._numbers:
+            self._numbers[id(obj)] = len(self.tensors)
+            self.tensors.append(obj)
+        return self._numbers[id(obj)]
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpacker(pickle.Unpickler):
     def __init__(self, skeleton: bytes, tensors: list[Tensor]) -> None:
         super().__init__(io.BytesIO(skeleton))
         self._tensors = tensors
 
     def persistent_load(self, pid: int) -> Tensor:
         return self._tensors[pid]
+
+
+def _pack(batch: Any, device: torch.device | None, own: list[Tensor]) -> bytes:
+    """The specs of the tensors in `batch` and the pickled rest of it; the tensors, ready to be sent, go to `own`."""
+    skeleton = io.BytesIO()
+    packer = _Packer(skeleton)
+    packer.dump(batch)
+    own.extend(_prepared(tensor, device) for tensor in packer.tensors)
+    return pickle.dumps(([_spec(tensor) for tensor in own], skeleton.getvalue()))
+
+
+def _spec(tensor: Tensor) -> _Spec:
+    return _Spec(tuple(tensor.shape), tensor.dtype, tensor.device.type)
+
+
+def _prepared(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"a tensor was expected, not a {type(tensor).__name__}")
+    if type(tensor) not in (Tensor, Parameter) or tensor.layout != torch.strided or tensor.is_meta:
+        raise TypeError(
+            f"a {type(tensor).__name__} of layout {tensor.layout} on {tensor.device.type} cannot be sent to other "
+            "ranks: make it a plain dense tensor (a DTensor by to_local())"
+        )
+    tensor = tensor.detach().to(device or tensor.device, non_blocking=True)
+    return tensor.resolve_conj().resolve_neg().contiguous()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """What travels, and is compared, in any dtype: transports refuse some, and NaN is not equal to itself."""
+    return tensor.view(-1).view(torch.uint8)
+
+
+def _check_equal(specs_of_ranks: list[list[_Spec]], call: str, advice: str) -> None:
+    for index, row in enumerate(zip_longest(*specs_of_ranks)):
+        for rank, spec in enumerate(row):
+            if spec != row[0]:
+                first, other = (s or "missing" for s in (row[0], spec))
+                raise DataError(f"{call}: tensor {index} is {first} on rank 0 and {other} on rank {rank}. {advice}")
 
 
 class _Status(enum.Enum):
@@ -295,10 +315,63 @@ class _Status(enum.Enum):
 
 @dataclass
 class _Meetings:
-    """What a rank has said in the store of one group: the count, and the keys that others may yet read."""
+    """What this rank has said in the store of a group: how often, and under which keys it is still there."""
 
     number: int = 0
     keys: list[str] = field(default_factory=list)
 
 
 _meetings: WeakKeyDictionary[ProcessGroup, _Meetings] = WeakKeyDictionary()
+
+
+def _say(group: ProcessGroup, place: str, status: _Status, payload: bytes = b"") -> str:
+    """Leave a word for the next meeting and wait for nobody; the prefix of its keys in the store."""
+    meetings = _meetings.setdefault(group, _Meetings())
+    meeting = f"sp_compile.data/{current_epoch()}/{meetings.number}/"
+    meetings.number += 1
+    meetings.keys.append(f"{meeting}{dist.get_rank(group)}")
+    word = pickle.dumps((place, status, payload))
+    group.get_group_store().set(meetings.keys[-1], word)  # type: ignore[arg-type]  # bytes, whatever the stub says
+    return meeting
+
+
+def _meet(group: ProcessGroup, place: str, contribute: Callable[[], bytes] = bytes) -> list[bytes]:
+    """What each rank contributes; raises on every rank if one is at another place, fails to contribute, or left."""
+    store, size = group.get_group_store(), group.size()
+    try:
+        status, payload = _Status.HERE, contribute()
+    except Exception as error:  # of any kind, met in the user's data: all ranks must hear of it
+        status, payload = _Status.FAILED, f"{type(error).__name__}: {error}".encode()
+    # One byte more than the limit tells the others that it was passed.
+    meeting = _say(group, place, status, payload[: STORE_BYTES + 1])
+    keys = [f"{meeting}{rank}" for rank in range(size)]
+    try:
+        store.wait(keys, PATIENCE)
+    except dist.DistStoreError as error:
+        absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        raise DataError(f"ranks {absent} of the SP group did not come to {place} in {PATIENCE}.") from error
+    words = [pickle.loads(store.get(key)) for key in keys]
+    # Who is here has read all earlier words, so that none of this rank's will be asked for again.
+    meetings = _meetings[group]
+    for key in meetings.keys[:-1]:
+        store.delete_key(key)
+    del meetings.keys[:-1]
+    for rank, (where, status, _) in enumerate(words):
+        if status is _Status.LEFT:
+            raise DataError(
+                f"rank {rank} of the SP group left {where} early, while this rank went on to {place}. An exception "
+                "there may be the cause; else leave the loop at the same step on every rank."
+            )
+        if where != words[0][0]:
+            raise DataError(
+                f"the ranks of the SP group are at different places: rank 0 at {words[0][0]}, rank {rank} at {where}. "
+                "All its ranks make the same calls in the same order."
+            )
+    for rank, (_, status, word) in enumerate(words):
+        if status is _Status.FAILED:
+            raise DataError(f"{place}: rank {rank} of the SP group cannot send its data: {word.decode()}")
+    if max(len(word) for _, _, word in words) <= STORE_BYTES:
+        return [word for _, _, word in words]
+    everyone = [b""] * size
+    dist.all_gather_object(everyone, payload, group=group)
+    return everyone

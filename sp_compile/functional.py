@@ -35,14 +35,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import _resolve_process_group
 from torch.compiler import assume_constant_result
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
+from torch.distributed.distributed_c10d import GroupName
 
 from sp_compile import ops  # noqa: F401  defines torch.ops.sp
 from sp_compile.errors import SequenceParallelError
@@ -152,8 +153,7 @@ def _keep_rank(name: str, device: torch.device) -> str:
 def _rank_number(name: str) -> int:
     group = _find_group(name)
     assert group is not None
-    rank: int = rank_tensor(group, "cpu").item()  # under LocalTensorMode a SymInt, the rank of each
-    return rank
+    return cast(int, rank_tensor(group, "cpu").item())  # under LocalTensorMode a SymInt, the rank of each
 
 
 def _find_group(name: str | None) -> ProcessGroup | None:

@@ -58,8 +58,8 @@ class GraphRules:
     def rule(self, node: fx.Node) -> OpShardingRule | None:
         """The op sharding rule of a node; None if it has to run on whole values."""
         if node not in self._rules:
-            call = isinstance(node.target, torch._ops.OpOverload) and self.operands(node)
-            self._rules[node] = rule_for(OpCall.of_node(node)) if call else None
+            computes = self.operands(node) and node.meta.get("val") is not None
+            self._rules[node] = rule_for(OpCall.of_node(node)) if computes else None
         return self._rules[node]
 
     def operands(self, node: fx.Node) -> tuple[fx.Node, ...]:

@@ -63,6 +63,8 @@ class SitePlan:
     strategy: str
     """`ulysses`, `all_gather_kv`, `local` or `replicate`."""
     reason: str
+    moved: tuple[fx.Node, ...]
+    """The values that are brought to the site for q, k and v: K and V as they were before a repetition of heads."""
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,38 @@ def test_one_dynamic_graph_serves_all_lengths(lengths: tuple[int, ...]) -> None:
         assert "floordiv" in str(graph)
 
 
+class Chained(nn.Module):
+    """The output of one attention is the query of the next, on the same K and V."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv = nn.Linear(12, 24), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (6, 4)).transpose(1, 2)
+        k = self.kv(x).unflatten(-1, (2, 4)).transpose(1, 2).repeat_interleave(3, 1)
+        return F.scaled_dot_product_attention(F.scaled_dot_product_attention(q, k, k), k, k)
+
+
+def test_attention_that_queries_with_an_attention() -> None:
+    (graph,) = assert_equivalent(Chained().double(), (tokens(1, 7, 12),), parts=4)
+    assert [site.strategy for site in graph.plan.sites] == ["ulysses", "ulysses"]
+
+
+class Asserted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x)
+        return y + F.one_hot(y.argmax(-1), 12) * torch.tensor([0.5, 2.0]).sum()
+
+
+def test_asserts_and_constants_in_the_graph() -> None:
+    assert_equivalent(Asserted().double(), (tokens(1, 7, 12),), parts=3)
+
+
 class TwoHalves(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -165,6 +165,13 @@ def view_used_without_gradient(m: Any, x: Tensor) -> Any:
     return z.sin() * u
 
 
+def same_view_without_gradient(m: Any, x: Tensor) -> Any:
+    y = m[0](x)
+    with torch.no_grad():
+        z = y[0:6], y.view(6, 6), y.expand_as(y)
+    return y.sin(), *z
+
+
 def in_autocast(m: Any, x: Tensor) -> Any:
     with torch.autocast("cpu", torch.bfloat16):
         y = m[0](x)
@@ -219,6 +226,7 @@ PROGRAMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "no_grad": (lambda: Program(without_gradient, linear(), linear()), (6, 6)),
     "no_grad view": (lambda: Program(view_without_gradient, linear()), (6, 6)),
     "view in no_grad": (lambda: Program(view_used_without_gradient, linear()), (6, 6)),
+    "same view in no_grad": (lambda: Program(same_view_without_gradient, linear()), (6, 6)),
     "autocast": (lambda: Program(in_autocast, linear(), linear()), (6, 6)),
     "checkpoint": (lambda: Program(checkpointed, linear(), linear()), (6, 6)),
     "cross_entropy": (

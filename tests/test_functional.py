@@ -328,7 +328,7 @@ def test_cache() -> None:
     assert [video("n", lambda: 1), video("n", lambda: 2), text("n", lambda: 3)] == [1, 1, 3]
     assert video.get("n") == 1 and cache.get("video.n") == 1 and cache.cache == {"video.n": 1, "text.n": 3}
     assert F.Cache(prefix="text.", cache=cache.cache).get("n") == 3
-    with pytest.raises(KeyError, match="text.m"):
+    with pytest.raises(KeyError, match=r"text\.m"):
         text.get("m")
     disabled = F.Cache(disable=True).namespace("a")
     assert [disabled("n", lambda: 1), disabled("n", lambda: 2)] == [1, 2] and disabled.cache == {}
@@ -409,7 +409,6 @@ def compiled_model(*tensors: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_one_graph_without_a_break(backend: str) -> None:
-    """Forward and backward trace; no length but the first costs a second graph more than once."""
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(compiled_model, backend=counter, fullgraph=True)
     with fake_world(2):
@@ -436,6 +435,5 @@ def test_ranks_compile_the_same_text(kind: str) -> None:
             x = torch.randn(5, 3)
             out = torch.compile(program, backend=backend, fullgraph=True)(x)
             assert out.shape == (6, 3)
-            # The fake group does nothing, so that a gather gives my part P times.
             texts.add(backend.graphs[0].code)
     assert len(texts) == 1 and texts.pop().count("torch.ops.sp.") == 3
