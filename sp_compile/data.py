@@ -54,12 +54,13 @@ class SPDistForward:
 
     Called with this rank's batch it gives a generator of P batches, that of SP rank i at step i. The
     broadcast of the next runs while the caller works on this one, so that a rank holds its own batch
-    and two more (three for the moment between steps).
+    and two more (three for the moment between steps). A P-step loop waits for its first broadcast only,
+    where a step takes longer than a broadcast.
 
     A batch is any picklable structure; lists, tuples, named tuples, dicts and dataclasses nest freely.
     Its tensors, of any shape and dtype, are broadcast: on every rank, the sender too, they arrive
-    detached and contiguous. All else is pickled and travels when the loop starts. The sender must
-    not write into its batch before that has come up.
+    detached and contiguous; on the sender they share the memory of its batch where that was contiguous,
+    which it must not write to before that step. All else is pickled and travels when the loop starts.
 
     Every rank iterates, and leaves the loop at the same step if it leaves it early. A rank that leaves
     alone, be it by an exception, does not hang: it completes the broadcast in flight, frees its buffers
@@ -168,14 +169,8 @@ def sp_sampler(
         dataset: of known length. Its random augmentations are seeded alike on the ranks of a group.
         shuffle, seed, drop_last: as in `torch.utils.data.DistributedSampler`.
     """
-    return DistributedSampler(
-        dataset,
-        num_replicas=get_data_parallel_world_size(),
-        rank=get_data_parallel_rank(),
-        shuffle=shuffle,
-        seed=seed,
-        drop_last=drop_last,
-    )
+    world_size, rank = get_data_parallel_world_size(), get_data_parallel_rank()
+    return DistributedSampler(dataset, world_size, rank, shuffle=shuffle, seed=seed, drop_last=drop_last)
 
 
 def check_same_inputs(*tensors: Tensor) -> None:
@@ -290,8 +285,7 @@ def _prepared(tensor: Tensor, device: torch.device | None = None) -> Tensor:
             f"a {type(tensor).__name__} of layout {tensor.layout} on {tensor.device.type} cannot be sent to other "
             "ranks: make it a plain dense tensor (a DTensor by to_local())"
         )
-    tensor = tensor.detach().to(device or tensor.device, non_blocking=True)
-    return tensor.resolve_conj().resolve_neg().contiguous()
+    return tensor.detach().to(device or tensor.device).resolve_conj().resolve_neg().contiguous()
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -347,7 +341,7 @@ def _meet(group: ProcessGroup, place: str, contribute: Callable[[], bytes] = byt
     keys = [f"{meeting}{rank}" for rank in range(size)]
     try:
         store.wait(keys, PATIENCE)
-    except dist.DistStoreError as error:
+    except RuntimeError as error:  # a DistStoreError, but of a FileStore
         absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
         raise DataError(f"ranks {absent} of the SP group did not come to {place} in {PATIENCE}.") from error
     words = [pickle.loads(store.get(key)) for key in keys]
@@ -369,7 +363,9 @@ def _meet(group: ProcessGroup, place: str, contribute: Callable[[], bytes] = byt
             )
     for rank, (_, status, word) in enumerate(words):
         if status is _Status.FAILED:
-            raise DataError(f"{place}: rank {rank} of the SP group cannot send its data: {word.decode()}")
+            raise DataError(
+                f"{place}: rank {rank} of the SP group cannot send its data: {word.decode(errors='replace')}"
+            )
     if max(len(word) for _, _, word in words) <= STORE_BYTES:
         return [word for _, _, word in words]
     everyone = [b""] * size

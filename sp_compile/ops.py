@@ -37,7 +37,7 @@ from torch.distributed.distributed_c10d import GroupName, _get_group_size_by_nam
 from sp_compile.errors import SequenceParallelError
 from sp_compile.sharding import block_rows
 
-LOWERING_VERSION = 1
+LOWERING_VERSION = 2
 """Part of every compile cache key: raise it whenever what an op lowers to changes."""
 
 _collectives = torch.ops._c10d_functional
@@ -154,7 +154,8 @@ def _stored_rows(layout: ShardedDim, parts: int, device: torch.device) -> Tensor
     start, local = 0, layout.local(parts)
     for size, block in zip(layout.sizes, layout.blocks(parts), strict=True):
         row = torch.arange(size, device=device)
-        owner = row // block
+        # Not `row // block`: torch 2.13's Inductor splits a loop over such rows by `block` and, on CPU, drops the rest.
+        owner = (row.unsqueeze(1) >= torch.arange(1, parts, device=device) * block).sum(1)
         stored.append((owner * layout.outer + outer) * local + row - owner * block + start)
         start = start + block
     return torch.cat(stored, 1).flatten()

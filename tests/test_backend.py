@@ -89,10 +89,13 @@ def test_the_loss_alone_moves_no_logits() -> None:
     assert node.meta["val"].numel() <= 2
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "parts"), [(3, 3, 2), (12, 12, 8), (4, 1, 4), (6, 2, 4)])
-def test_llama_heads(heads: int, kv_heads: int, parts: int) -> None:
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "parts", "length"),
+    [(3, 3, 2, 9), (12, 12, 8, 9), (4, 1, 4, 9), (6, 2, 4, 9), (4, 2, 4, 3)],
+)
+def test_llama_heads(heads: int, kv_heads: int, parts: int, length: int) -> None:
     model = llama(heads, kv_heads).double()
-    assert_equivalent(model, (), inputs_of("llama", 9), parts=parts, tolerance=1e-6)
+    assert_equivalent(model, (), inputs_of("llama", length), parts=parts, tolerance=1e-6)
 
 
 class Encoder(nn.Module):

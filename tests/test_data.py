@@ -31,11 +31,11 @@ def test_without_a_group_all_is_passed_through() -> None:
 
 def test_a_rank_that_the_group_does_not_have() -> None:
     for source in (1, -1):
-        with pytest.raises(ConfigurationError, match=f"sp_idx={source} is no rank .* it has 1, from 0 to 0"):
+        with pytest.raises(ConfigurationError, match=rf"sp_idx={source} is no rank .* it has 1, from 0 to 0"):
             sync_data("x", source)
     with fake_world(4):
         sp.init_sequence_parallel(2)
-        with pytest.raises(ConfigurationError, match="sp_idx=2 is no rank .* it has 2, from 0 to 1"):
+        with pytest.raises(ConfigurationError, match=r"sp_idx=2 is no rank .* it has 2, from 0 to 1"):
             sync_data("x", 2)
 
 

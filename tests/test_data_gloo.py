@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import threading
@@ -148,10 +149,8 @@ def nothing_is_left(how: str, at: int, keep: bool = False) -> list[int]:
     torch.empty = recorded
     try:
         for _ in range(3):
-            try:
+            with contextlib.suppress(Stop):
                 leave(how, at)
-            except Stop:
-                pass
             if how == "close":
                 stream = sync_inputs(torch.ones(1000))
                 next(stream)

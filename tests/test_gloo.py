@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 from sp_compile import (
     destroy_sequence_parallel,
@@ -70,10 +71,58 @@ def train(name: str, length: int, keywords: Mapping[str, Any], options: Mapping[
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models_train_with_inductor(gloo2: GlooPool, name: str) -> None:
+    """With the default of a model, the KV cache among its outputs."""
     ranks = gloo2.run(train, name, 33, {}, {})
     for errors in ranks:
         assert errors["loss"] <= 2e-5 and errors["logits"] <= 2e-5 and errors["gradients"] <= 2e-4, errors
     assert ranks[0]["planned"] == ranks[1]["planned"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_models_train_without_a_cache(gloo2: GlooPool, name: str) -> None:
+    for errors in gloo2.run(train, name, 32, {"use_cache": False}, {"inner_backend": "aot_eager"}):
+        assert errors["loss"] <= 2e-5 and errors["logits"] <= 2e-5 and errors["gradients"] <= 2e-4, errors
+
+
+def checkpointed(inner: str) -> float:
+    """How far the gradient of a checkpointed dropout is from the mask that its output shows."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.scale = Block(), nn.Parameter(torch.rand(12) + 1)
+
+        def dropped(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(self.block(x).detach() * self.scale, 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = checkpoint(self.dropped, x, use_reentrant=False)
+            return out
+
+    torch.manual_seed(0)
+    model = Checkpointed()
+    compiled = torch.compile(model, backend=partial(sp_backend, options={"inner_backend": inner}))
+    out = compiled(torch.randn(1, 7, 12))
+    out.sum().backward()
+    assert model.scale.grad is not None
+    return float((model.scale.grad - (out / model.scale).sum((0, 1))).detach().abs().max())
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_a_checkpointed_dropout_is_recomputed_alike(gloo2: GlooPool, inner: str) -> None:
+    assert max(gloo2.run(checkpointed, inner)) < 1e-4
+
+
+def in_inference_mode(inner: str) -> float:
+    model, x = Block(3), torch.randn(1, 7, 12)
+    compiled = torch.compile(model, backend=partial(sp_backend, options={"inner_backend": inner}))
+    with torch.inference_mode():
+        return float((compiled(x) - model(x)).abs().max())
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_inference_mode(gloo2: GlooPool, inner: str) -> None:
+    assert max(gloo2.run(in_inference_mode, inner)) < 1e-5
 
 
 def lowered_hashes() -> list[str]:
