@@ -1,4 +1,4 @@
-"""A two-stream video block, sequence parallel by hand, next to the plain block under `sp_backend`: the same numbers.
+"""A two-stream video block, sequence parallel by hand and by `sp_backend`: the same numbers.
 
     python examples/hand_written_mmdit.py         it starts its own two ranks; about half a minute
     torchrun --nproc-per-node 4 examples/hand_written_mmdit.py
@@ -33,8 +33,8 @@ from sp_compile.functional import (
 )
 
 TOLERANCE = 2e-5
-GRID = (3, 9, 5)  # frames, height, width: 135 video tokens, which two ranks cannot share evenly
-WINDOW_ROWS = 3  # a window is all frames of three rows of pixels
+GRID = (9, 3, 5)  # frames, height, width: 135 video tokens, which two ranks cannot share evenly
+WINDOWS = 3  # of three frames each; the second lies on both ranks
 TEXT, WIDTH, HEADS = 11, 64, 4
 
 
@@ -43,15 +43,13 @@ def window_attention(video: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
 
     Text takes part in every window; its results are averaged.
     """
-    frames, height, width = GRID
-    windows, heads = height // WINDOW_ROWS, text.shape[2]
-    video = video.reshape(frames, windows, WINDOW_ROWS * width, 3, heads, -1).movedim(1, 0).flatten(1, 2)
-    joint = torch.cat([video, text.expand(windows, *text.shape)], 1)  # [n, tokens, 3, h, D]
+    tokens, heads = video.shape[0] // WINDOWS, text.shape[2]
+    video = video.reshape(WINDOWS, tokens, 3, heads, -1)
+    joint = torch.cat([video, text.expand(WINDOWS, *text.shape)], 1)  # [windows, tokens, 3, h, D]
     q, k, v = joint.movedim(2, 0).transpose(2, 3)
-    out = scaled_dot_product_attention(q, k, v).transpose(1, 2)  # [n, tokens, h, D]
-    video, text = out.split([video.shape[1], text.shape[0]], 1)
-    video = video.unflatten(1, (frames, -1)).movedim(0, 1).flatten(0, 2)
-    return video, text.mean(0)
+    out = scaled_dot_product_attention(q, k, v).transpose(1, 2)  # [windows, tokens, h, D]
+    video, text = out.split([tokens, text.shape[0]], 1)
+    return video.flatten(0, 1), text.mean(0)
 
 
 class Stream(nn.Module):
@@ -65,8 +63,7 @@ class Stream(nn.Module):
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.out(attended.flatten(1))
-        x = x + self.mlp(self.after(x))
-        return x
+        return x + self.mlp(self.after(x))
 
 
 class Block(nn.Module):

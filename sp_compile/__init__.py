@@ -10,7 +10,7 @@ model = torch.compile(model, backend=sp_backend)
 from .backend import sp_backend
 from .config import SequenceParallelConfig
 from .debug import RewrittenGraph, rewritten_graphs
-from .errors import CaptureError, ConfigurationError, FallbackError, RuleError, SequenceParallelError
+from .errors import CaptureError, ConfigurationError, DataError, FallbackError, RuleError, SequenceParallelError
 from .group import (
     destroy_sequence_parallel,
     get_data_parallel_group,
@@ -26,6 +26,7 @@ from .rules import register_sharding_rule
 __all__ = [
     "CaptureError",
     "ConfigurationError",
+    "DataError",
     "FallbackError",
     "RewrittenGraph",
     "RuleError",

@@ -33,7 +33,7 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset, DistributedSampler
 
-from sp_compile.errors import ConfigurationError, SequenceParallelError
+from sp_compile.errors import ConfigurationError, DataError
 from sp_compile.group import current_epoch, get_data_group, get_data_parallel_rank, get_data_parallel_world_size
 
 T = TypeVar("T")
@@ -43,10 +43,6 @@ PATIENCE = timedelta(minutes=30)
 
 STORE_BYTES = 1 << 16
 """More than this of structure and non-tensor leaves goes by a collective instead of the store."""
-
-
-class DataError(SequenceParallelError):
-    """Inputs that ranks of an SP group cannot share, or calls in which they do not agree."""
 
 
 class SPDistForward:

@@ -23,6 +23,10 @@ class RuleError(SequenceParallelError, ValueError):
     """A sharding rule that does not parse, or does not fit the operator that it is given for."""
 
 
+class DataError(SequenceParallelError):
+    """Inputs that ranks of an SP group cannot share, or calls in which they do not agree."""
+
+
 class FallbackError(SequenceParallelError):
     """With `strict=True`: something ran on gathered values that could not be sharded."""
 

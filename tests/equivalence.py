@@ -84,12 +84,12 @@ def run_simulated(
 ) -> tuple[Step, list[RewrittenGraph]]:
     """One step of a copy of the module on P simulated ranks; and the graphs that were rewritten."""
     module = copy.deepcopy(module)
-    known = len(rewritten_graphs())
+    known = {graph.name for graph in rewritten_graphs()}
     backend = partial(sp_backend, options={"inner_backend": "eager", **(options or {})})
     with simulate(parts):
         compiled = torch.compile(module, backend=backend, dynamic=dynamic)
         result = step(compiled, module, args, kwargs or {})
-    return result, rewritten_graphs()[known:]
+    return result, [graph for graph in rewritten_graphs() if graph.name not in known]
 
 
 def assert_equivalent(

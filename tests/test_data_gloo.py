@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from sp_compile import data
-from sp_compile.data import DataError, SPDistForward, check_same_inputs, sync_data, sync_inputs
+from sp_compile.data import SPDistForward, check_same_inputs, sync_data, sync_inputs
+from sp_compile.errors import DataError
 from sp_compile.group import get_data_group, get_sequence_parallel_rank, get_sequence_parallel_world_size
 from tests.gloo_pool import GlooPool, RankTimeout
 

@@ -125,13 +125,18 @@ def calls(s: int, h: int) -> list[Call]:
 SIZES = {"even": (12, 12), "uneven": (7, 5), "fewer heads than ranks": (5, 1)}
 
 
+def strided(x: Tensor) -> Tensor:
+    """The same values, not contiguous."""
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
 def check(call: Call, parts: int) -> None:
-    x = torch.randn(call.shape).transpose(0, -1).contiguous().transpose(0, -1)
+    x = torch.randn(call.shape)
     inputs, cotangents, outputs, grads = call.expected(x, parts, torch.randn_like(call.whole(x)))
     with simulate(parts) as mode:
-        local = mode.rank_map(lambda r: inputs[r].clone()).requires_grad_()
+        local = mode.rank_map(lambda r: strided(inputs[r])).requires_grad_()
         found = call.call(local)
-        found.backward(mode.rank_map(lambda r: cotangents[r].clone()))
+        found.backward(mode.rank_map(lambda r: strided(cotangents[r])))
         for r in range(parts):
             assert_same(found._local_tensors[r].detach(), outputs[r])
             torch.testing.assert_close(local.grad._local_tensors[r], grads[r])
@@ -416,6 +421,25 @@ def test_one_graph_without_a_break(backend: str) -> None:
         tensors = leaves()
         compiled(*tensors).backward()
         assert counter.frame_count == 1 and all(tensor.grad is not None for tensor in tensors)
+
+
+def test_two_graphs_serve_all_lengths() -> None:
+    """One with something to unpad, whose result is not contiguous, and one without."""
+
+    def program(x: Tensor) -> Tensor:
+        part = F.gather_seq_scatter_heads(F.slice_inputs(x, 0), 0, 1, unpad_dim_size=x.shape[0]).sin()
+        part = F.gather_heads_scatter_seq(part, 1, 0, unpad_dim_size=x.shape[1])
+        return F.gather_outputs(part, gather_dim=0, padding_dim=0, unpad_shape=[[x.shape[0]]])
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(program, backend=counter, fullgraph=True, dynamic=True)
+    with fake_world(4):
+        init_sequence_parallel()
+        for rows, heads in ((33, 6), (32, 8), (35, 12), (5, 9), (1024, 7)):
+            x = torch.randn(rows, heads, 3, requires_grad=True)
+            compiled(x).sum().backward()
+            assert x.grad is not None and x.grad.shape == x.shape
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.parametrize("kind", ["default", "process group", "mesh"])

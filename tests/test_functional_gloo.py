@@ -13,6 +13,7 @@ from sp_compile import functional as F
 from sp_compile.errors import SequenceParallelError
 from sp_compile.group import get_sequence_parallel_rank
 from tests.gloo_pool import GlooPool
+from tests.test_examples import run
 from tests.test_functional import DTYPES, SIZES, calls, leaves, whole_model
 from tests.test_ops import assert_same
 
@@ -91,6 +92,14 @@ def check_all() -> None:
     assert F.slice_inputs(x, 0, padding=False).shape[0] == (3, 2)[get_sequence_parallel_rank()]
     with pytest.raises(SequenceParallelError, match=r"'meta', but the group of 2 ranks moves tensors on .*cpu"):
         F.gather_heads(x.to("meta"), 0)
+
+
+def test_the_hand_written_example_is_the_compiled_one() -> None:
+    lines = run("hand_written_mmdit.py").splitlines()
+    assert lines[:2] == ["sp_backend, attention: ulysses"] * 2
+    differences = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in lines[4:]}
+    assert list(differences) == ["video", "text", "loss", "gradients"]
+    assert max(max(row) for row in differences.values()) <= 2e-5
 
 
 def test_on_two_ranks(gloo2: GlooPool) -> None:

@@ -404,6 +404,17 @@ def test_lowered_graphs_have_one_collective(name: str, mode: str) -> None:
             assert collectives(graphs["bw"]) == COLLECTIVES[name][1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(45, 11), (64, 11)])
+def test_inductor_finds_every_stored_row(sizes: tuple[int, ...]) -> None:
+    """Its CPU loops over `arange(45) // 23` left rows 23 to 44 unwritten: torch 2.13, `try_loop_split`."""
+    for parts in (2, 3):
+        layout, device = Blocks(0, sizes).layout, torch.device("cpu")
+        torch._dynamo.reset()
+        found = torch.compile(lambda: ops._stored_rows(layout, parts, device))()  # noqa: B023
+        assert torch.equal(found, ops._stored_rows(layout, parts, device))
+
+
 def test_pre_dispatch_graphs_keep_the_op_whole() -> None:
     with fake_world(3):
         case, group = CASES["exchange"], torch.distributed.group.WORLD.group_name
