@@ -68,10 +68,16 @@ def _error(value: Tensor, other: Tensor, scale: float | None) -> float:
         return float("inf")
     if not value.is_floating_point() or value.numel() == 0:
         return 0.0 if torch.equal(value, other) else float("inf")
-    if not torch.equal(value.isfinite(), other.isfinite()):
+    finite = value.isfinite()
+    if not torch.equal(finite, other.isfinite()) or not _same_infinities(value[~finite], other[~finite]):
         return float("inf")
     value, other = value.nan_to_num(0, 0, 0), other.nan_to_num(0, 0, 0)
     return float((value - other).abs().max() / (scale or value.abs().max().clamp(min=1e-30)))
+
+
+def _same_infinities(value: Tensor, other: Tensor) -> bool:
+    """Whether infinities have the same signs, and are no NaN."""
+    return torch.equal(value.isnan(), other.isnan()) and torch.equal(value.nan_to_num(), other.nan_to_num())
 
 
 def run_simulated(

@@ -20,12 +20,14 @@ Contract = Callable[[LocalOp, Sequence[fx.Node]], fx.Node]
 Finish = Callable[[LocalOp, fx.Node], fx.Node]
 
 
-def _sum_over_ranks(masked: int, contract: Contract, finish: Finish | None = None) -> Body:
-    """A body: operand `masked` with 0 at padding, the local terms summed, additive operands added once."""
+def _sum_over_ranks(contract: Contract, finish: Finish | None = None) -> Body:
+    """A body: 0 at the padding of every operand, the local terms summed, additive operands added once."""
 
     def body(local: LocalOp) -> fx.Node:
-        operands = [local.operand(index) for index in range(len(local.call.operands))]
-        operands[masked] = local.mask_padding(operands[masked], local.operands[masked], 0)
+        operands = [
+            local.mask_padding(local.operand(at), each, 0) if isinstance(each, Sharded) else local.operand(at)
+            for at, each in enumerate(local.operands)
+        ]
         total = local.all_reduce(contract(local, operands))
         return finish(local, total) if finish else total
 
@@ -47,7 +49,7 @@ def linear_rule(call: OpCall) -> OpShardingRule | None:
         return local.emit(aten.add.Tensor, total, local.operand(2)) if len(call.operands) == 3 else total
 
     text = "... i, o i, +o -> ... o" if len(call.operands[1].shape) == 2 else "... i, i, + -> ..."
-    return parse_rule(text, call, bodies={"i": _sum_over_ranks(0, contract, add_bias)})
+    return parse_rule(text, call, bodies={"i": _sum_over_ranks(contract, add_bias)})
 
 
 @rule(aten.matmul.default)
@@ -57,7 +59,7 @@ def matmul_rule(call: OpCall) -> OpShardingRule | None:
     left, m = ("k", "") if row else ("... m k", "m")
     right, n = ("k", "") if column else ("... k n", "n")
     lead = "" if row and column else "..."
-    return parse_rule(f"{left}, {right} -> {lead} {m} {n}", call, bodies={"k": _sum_over_ranks(0, _again)})
+    return parse_rule(f"{left}, {right} -> {lead} {m} {n}", call, bodies={"k": _sum_over_ranks(_again)})
 
 
 @rule(aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default)
@@ -68,7 +70,7 @@ def product_rule(call: OpCall) -> OpShardingRule | None:
         aten.mv.default: "m k, k -> m",
         aten.dot.default: "k, k ->",
     }
-    return parse_rule(texts[call.target], call, bodies={"k": _sum_over_ranks(0, _again)})
+    return parse_rule(texts[call.target], call, bodies={"k": _sum_over_ranks(_again)})
 
 
 @rule(aten.addmm.default, aten.baddbmm.default)
@@ -89,7 +91,7 @@ def added_product_rule(call: OpCall) -> OpShardingRule | None:
     b = "b" if batched else ""
     names = f"{b}mn"[-len(call.operands[0].shape) :] if call.operands[0].shape else ""
     text = f"+{' '.join(names)}, {b} m k, {b} k n -> {b} m n"
-    return parse_rule(text, call, bodies={"k": _sum_over_ranks(1, contract, add)})
+    return parse_rule(text, call, bodies={"k": _sum_over_ranks(contract, add)})
 
 
 @rule(aten.einsum.default)
@@ -109,12 +111,7 @@ def einsum_rule(call: OpCall) -> OpShardingRule | None:
     made = operands.pop()
     # An operand of size 1 broadcasts against a larger one of the same letter.
     passed = {factor for dim in made for factor in dim}
-    bodies = {
-        dim[0]: _sum_over_ranks(index, _einsum)
-        for index, dims in reversed(list(enumerate(operands)))
-        for dim in dims
-        if dim and dim[0] not in passed
-    }
+    bodies = {dim[0]: _sum_over_ranks(_einsum) for dims in operands for dim in dims if dim and dim[0] not in passed}
     return fit(call, operands, [made], bodies=bodies)
 
 
