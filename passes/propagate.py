@@ -152,7 +152,7 @@ class _Planner:
         if borrowed is not None:
             return borrowed
         if self._gathers(rule, placements, best):
-            self._fall_back(node, placements, best, "it needs a sharded dimension whole, and has no other to borrow")
+            self._fall_back(node, placements, best, "it needs a sharded dimension whole or cut in another way")
         return NodePlan(best, best.results) if best else whole
 
     def _begin(self, node: fx.Node, rule: OpShardingRule, placements: Sequence[Placement]) -> NodePlan | None:
@@ -166,13 +166,14 @@ class _Planner:
         return None
 
     def _gathers(self, rule: OpShardingRule, placements: Sequence[Placement], sharding: OpSharding | None) -> bool:
-        """Whether an op takes an operand whole that is sharded."""
-        return any(
-            isinstance(placement, Sharded)
-            and index not in rule.metadata
-            and (sharding is None or sharding.operands[index] is None)
-            for index, placement in enumerate(placements)
-        )
+        """Whether an operand that is sharded is gathered: to be whole, or to be cut in another way."""
+        for index, placement in enumerate(placements):
+            if not isinstance(placement, Sharded) or index in rule.metadata:
+                continue
+            target = sharding.operands[index] if sharding else None
+            if target is None or (target != placement and target.dim == placement.dim):
+                return True
+        return False
 
     def _borrow(
         self,

@@ -1,0 +1,118 @@
+"""Masks, biases and positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .table import Parts, X, given, ids, program, rope
+
+
+@program(X, given(13, 9), moves={"all_to_all": 4, "gather_output": 1})
+def key_padding_mask(m: Parts, x: Tensor, lengths: Tensor) -> Any:
+    mask = (torch.arange(x.shape[1])[None] < lengths[:, None])[:, None, None]
+    return m.block(x, attn_mask=mask)
+
+
+@program(X, given(13, 9))
+def mask_b1ss_additive(m: Parts, x: Tensor, lengths: Tensor) -> Any:
+    S = x.shape[1]
+    mask = (torch.arange(S)[None] < lengths[:, None])[:, None, None, :] & torch.ones(S, S, dtype=torch.bool).tril()
+    add = torch.zeros(2, 1, S, S, dtype=x.dtype).masked_fill(~mask, torch.finfo(x.dtype).min)
+    return m.block(m.block(x, attn_mask=add), attn_mask=add)
+
+
+@program(X, moves={"all_to_all": 4, "gather_output": 1})
+def alibi(m: Parts, x: Tensor) -> Any:
+    S = x.shape[1]
+    r = torch.arange(S)
+    b = -(r[:, None] - r[None]).abs().to(x.dtype) * m.bias.exp().view(-1, 1, 1)
+    return m.block(x, attn_mask=b)
+
+
+@program((1, 13, 12), moves={"all_to_all": 9, "gather_output": 1})
+def relative_bias_t5(m: Parts, x: Tensor) -> Any:
+    S = x.shape[1]
+    r = torch.arange(S)
+    b = m.rel((r[:, None] - r[None]).clamp(-9, 9) + 9).permute(2, 0, 1)[None]
+    return m.block(m.block(x, attn_mask=b), attn_mask=b)
+
+
+@program((13, 12), ids(13, high=3))
+def block_diag_docs(m: Parts, x: Tensor, doc: Tensor) -> Any:
+    mask = doc[:, None] == doc[None]
+    return m.block(x[None], attn_mask=mask)
+
+
+@program((1, 13, 12), moves={"all_to_all": 4, "gather_output": 1})
+def pair_bias(m: Parts, x: Tensor) -> Any:
+    a = m.q(x)
+    b = m.k(x)
+    pair = a[:, :, None] * b[:, None] @ m.mod.weight.T[:, :3].contiguous()[:12]
+    return m.block(x, attn_mask=pair.permute(0, 3, 1, 2))
+
+
+@program(X)
+def all_masked_rows(m: Parts, x: Tensor) -> Any:
+    mask = torch.ones(13, 13, dtype=torch.bool).tril(-1)
+    return m.block(x, attn_mask=mask).nan_to_num()
+
+
+@program(X, moves={"all_to_all": 4, "gather_output": 1})
+def learned_table(m: Parts, x: Tensor) -> Any:
+    return m.block(x + m.table.weight[: x.shape[1]])
+
+
+@program(X, moves={"all_to_all": 4, "gather_output": 1})
+def rope_half(m: Parts, x: Tensor) -> Any:
+    q, k, v = (m.split(f(x)) for f in (m.q, m.k, m.v))
+    p = torch.arange(x.shape[1])
+    return m.o(m.join(F.scaled_dot_product_attention(rope(q, p), rope(k, p), v, is_causal=True)))
+
+
+@program(X, ids(2, 13))
+def rope_inter_b(m: Parts, x: Tensor, p: Tensor) -> Any:
+    q, k, v = (m.split(f(x)) for f in (m.q, m.k, m.v))
+    p = p[:, None]
+    return m.o(m.join(F.scaled_dot_product_attention(rope(q, p, True), rope(k, p, True), v)))
+
+
+@program(X, moves={"all_to_all": 4, "gather_output": 1})
+def rope_complex(m: Parts, x: Tensor) -> Any:
+    q, k, v = (m.split(f(x)) for f in (m.q, m.k, m.v))
+    f = torch.outer(torch.arange(13, dtype=x.dtype), torch.tensor([1.0, 0.1], dtype=x.dtype))
+    c = torch.polar(torch.ones_like(f), f)
+
+    def r(t: Tensor) -> Tensor:
+        return torch.view_as_real(torch.view_as_complex(t.reshape(*t.shape[:-1], 2, 2)) * c).flatten(-2)
+
+    return m.o(m.join(F.scaled_dot_product_attention(r(q), r(k), v)))
+
+
+@program(X)
+def rope_bshd(m: Parts, x: Tensor) -> Any:
+    B, S, _ = x.shape
+    q, k, v = (f(x).view(B, S, 3, 4) for f in (m.q, m.k, m.v))
+    p = torch.arange(S)[:, None]
+    q, k = (rope(q, p), rope(k, p))
+    return m.o(torch.einsum("bhqk,bkhd->bqhd", torch.einsum("bqhd,bkhd->bhqk", q, k).softmax(-1), v).flatten(2))
+
+
+@program(X, ids(3, 2, 13), moves={"all_to_all": 4, "gather_output": 1})
+def mrope(m: Parts, x: Tensor, pos: Tensor) -> Any:
+    q, k, v = (m.split(f(x)) for f in (m.q, m.k, m.v))
+    ang = torch.cat([pos[0, :, None, :, None], pos[2, :, None, :, None]], -1).to(x.dtype) * 0.1
+    e = torch.cat([ang, ang], -1)
+
+    def r(t: Tensor) -> Tensor:
+        return t * e.cos() + torch.cat([-t[..., 2:], t[..., :2]], -1) * e.sin()
+
+    return m.o(m.join(F.scaled_dot_product_attention(r(q), r(k), v)))
+
+
+@program((2, 12))
+def table_queries(m: Parts, c: Tensor) -> Any:
+    return m.block(m.table.weight[:13].unsqueeze(0).expand(2, -1, -1) + c[:, None])

@@ -1,0 +1,272 @@
+"""States and modes; symbolic lengths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .table import WIDE, Parts, X, ids, program
+
+# States and modes
+
+
+@program(X)
+def views_written(m: Parts, x: Tensor) -> Any:
+    y = m.block(x).clone()
+    v = y.view(2, 13, 3, 4)
+    v[:, :, 1] *= 2
+    v.transpose(1, 2)[:, 0].add_(m.bias[0])
+    y[:, 2:11].mul_(m.w)
+    return (y, v.sum(1))
+
+
+@program(X)
+def copy_into(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    out = torch.empty(2, 20, 12, dtype=x.dtype).fill_(1.0)
+    out[:, :13] = y
+    out[:, 13:].copy_(y[:, :7])
+    return (out, m.block(out))
+
+
+@program(X)
+def zeros_scatter(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    out = y.new_zeros(2, 13, 24)
+    out[..., :12] = y
+    out[..., 12:] = y.flip(-1)
+    return out @ m.mod.weight[:24]
+
+
+@program(X)
+def input_inplace(m: Parts, x: Tensor) -> Any:
+    y = x * 1
+    y.add_(m.w)
+    z = m.block(y)
+    z[:, 1:].add_(y[:, :-1])
+    return (z, y)
+
+
+@program(X, moves={"all_to_all": 4, "all_reduce": 1, "gather_output": 1})
+def buffer(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    m.count.add_(y.detach().mean())
+    return y * m.count
+
+
+@program(X, moves={"all_to_all": 8, "all_reduce": 2, "gather_output": 1})
+def no_grad_region(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    with torch.no_grad():
+        s = y.std(1, keepdim=True) * m.w
+        z = m.block(x)
+    return y / s * m.w + z
+
+
+@program(X)
+def grad_modes(m: Parts, x: Tensor) -> Any:
+    with torch.no_grad():
+        p = m.mat.softmax(0)
+    y = m.block(x @ p)
+    with torch.no_grad():
+        e = y.mean(1)
+    with torch.no_grad():
+        with torch.enable_grad():
+            z = y * m.w
+        f = z.sum(1)
+    return (z, y - e[:, None], f * m.w)
+
+
+@program(X, moves={"all_to_all": 4, "all_reduce": 1, "gather_output": 1})
+def detach_mix(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    return (y.detach() * m.w + y, (y - y.detach()).sum())
+
+
+@program(X, moves={"all_to_all": 4, "all_reduce": 1, "gather_output": 1})
+def returns(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    return {"a": y, "b": y, "c": None, "x": x, "n": (y.mean(), 3)}
+
+
+@program(X)
+def alias_out(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    return (y, y.view(-1), y[:, :5], y.transpose(1, 2), y.detach())
+
+
+@program(X, moves={"all_to_all": 8, "gather_output": 1})
+def checkpointed(m: Parts, x: Tensor) -> Any:
+    return checkpoint(m.block, checkpoint(m.block, x, use_reentrant=False), use_reentrant=False)
+
+
+@program(X)
+def checkpoint_nograd(m: Parts, x: Tensor) -> Any:
+    y = checkpoint(m.block, x, use_reentrant=False)
+    with torch.no_grad():
+        s = checkpoint(m.block, y, use_reentrant=False).amax(1, keepdim=True)
+    return y / s + s * m.w
+
+
+@program(X, moves={"all_to_all": 8, "gather_output": 1, "all_reduce": 1})
+def graph_break(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    torch._dynamo.graph_break()
+    return m.block(y).mean(1)
+
+
+@program(X, moves={"all_to_all": 8, "all_reduce": 1, "gather_output": 2})
+def item_branch(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    if y.mean().item() > 1000000000.0:
+        return y
+    return m.block(y) * 2
+
+
+@program(X)
+def numbers(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    S = y.shape[1]
+    return (
+        y * torch.arange(S, dtype=x.dtype)[:, None] / S + S,
+        y.new_zeros(2, S),
+        torch.full_like(y, S),
+        y.new_ones(y.shape) * y,
+        y.numel(),
+    )
+
+
+@program(X)
+def int_out(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    return (
+        (y * 10).long(),
+        (y > 0).sum(1),
+        (y > 0).any(1),
+        (y > 0).all(-1),
+        y.argmax(-1),
+        (y > 0).float().mean(),
+        y.amax((0, 1, 2)),
+        (y * 10).long().amax(1),
+        (y * 3).int().sum(),
+    )
+
+
+@program(X)
+def complexes(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    z = torch.complex(y[..., :6], y[..., 6:])
+    z = z * torch.polar(m.w[:6].abs(), m.w[6:])
+    return (z.abs(), z.real.sum(1), torch.view_as_real(z).mean(1), z.mean(1).angle())
+
+
+@program(X)
+def asserts(m: Parts, x: Tensor) -> Any:
+    torch._assert_async((x > -1e9).all())
+    return m.block(x)
+
+
+# Symbolic lengths
+
+
+@program(X, dynamic=True, moves={"all_to_all": 4, "gather_output": 1})
+def d_plain(m: Parts, x: Tensor) -> Any:
+    return m.block(x, is_causal=True)
+
+
+@program((1, 11, 12), dynamic=True, moves={"all_to_all": 4, "all_reduce": 1, "gather_output": 2})
+def d_mean(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    return (y.sum(1) / x.shape[1], y * x.shape[1], torch.arange(x.shape[1]) * y[..., 0])
+
+
+@program((13, 13, 12), dynamic=True)
+def d_batch_is_length(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    return (y.transpose(0, 1) + m.w, y.view(-1, 12).mean(0), y.view(x.shape[0] * x.shape[1], 12)[:, :4])
+
+
+@program(X, X, dynamic=True)
+def d_joint(m: Parts, x: Tensor, t: Tensor) -> Any:
+    y = m.block(torch.cat([t, x], 1))
+    t, x = y.split([t.shape[1], x.shape[1]], 1)
+    return (x, t, y[:, : t.shape[1]].mean(1))
+
+
+@program(X, dynamic=True)
+def d_cls(m: Parts, x: Tensor) -> Any:
+    y = torch.cat([m.cls.expand(x.shape[0], -1, -1), x], 1)
+    y = m.block(y)
+    return (y[:, 0], y[:, 1:], y[:, -1])
+
+
+@program(X, ids(2, 13, high=17), dynamic=True)
+def d_ce_flat(m: Parts, x: Tensor, t: Tensor) -> Any:
+    lg = m.head(m.block(x))
+    return F.cross_entropy(lg.view(-1, 17), F.pad(t[:, 1:], (0, 1), value=-100).view(-1))
+
+
+@program((13, 2, 12), dynamic=True, moves={"all_to_all": 4, "gather_output": 1})
+def d_sbc(m: Parts, x: Tensor) -> Any:
+    S, B, _ = x.shape
+    y = m.o(x.reshape(S * B, -1)).view(S, B, -1)
+    return m.block(y.transpose(0, 1)).transpose(0, 1).reshape(S * B, 12)
+
+
+@program(X, dynamic=True)
+def d_shift(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    return (torch.cat([y[:, -1:], y[:, :-1]], 1) * m.w, y.roll(1, 1), y.flip(1), y[:, ::2], y[:, 2:-2])
+
+
+@program(WIDE, kv=2, heads=6, parts=4, dynamic=True, moves={"all_to_all": 4, "gather_output": 1})
+def d_gqa(m: Parts, x: Tensor) -> Any:
+    q, k, v = (m.split(m.q(x)), m.repeated(m.split(m.k(x), 2)), m.repeated(m.split(m.v(x), 2)))
+    return m.o(m.join(F.scaled_dot_product_attention(q, k, v, is_causal=True)))
+
+
+@program(X, dynamic=True)
+def d_buf(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    m.count.add_(y.detach().sum())
+    return (y / m.count, y.new_zeros(x.shape[0], x.shape[1]))
+
+
+@program((2, 5, 12))
+def view_of_a_written_value_without_grad(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    z = y.clone()
+    z[:, 1:3] = 0.3
+    with torch.no_grad():
+        w = z.squeeze()
+    return y, z * 2, w
+
+
+@program(X)
+def views_that_change_nothing_without_grad(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    with torch.no_grad():
+        a, b, c, d = y[0:2], y.view(2, 13, 12), y.expand_as(y), F.dropout(y, 0.3, False)
+    return y * 1, a * m.w, b * m.w, c + y, d * 3
+
+
+@program(X)
+def constant_in_the_model(m: Parts, x: Tensor) -> Any:
+    return m.block(x) * torch.tensor([1.0, 0.1] * 6, dtype=x.dtype)
+
+
+@program(WIDE, kv=2, heads=6, parts=4)
+def gqa_output_is_the_next_query(m: Parts, x: Tensor) -> Any:
+    k, v = (m.split(f(x), 2).repeat_interleave(3, 1) for f in (m.k, m.v))
+    o = F.scaled_dot_product_attention(m.split(m.q(x)), k, v)
+    return m.join(F.scaled_dot_product_attention(o, k, v))
+
+
+@program(X)
+def metadata_of_a_shard(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    return y.new_zeros(2, 13) + y[..., 0], y.new_ones(y.shape) * y
