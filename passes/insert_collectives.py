@@ -16,6 +16,7 @@ which it lacks passes `sp.replicate`, whose backward sums over ranks.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import getitem
@@ -194,18 +195,37 @@ class _Writer:
         outputs: list[Any] = []
         returned = node.args[0]
         assert isinstance(returned, tuple)
+        shared = _shared_memory([each for each in returned if isinstance(each, fx.Node) and is_tensor(each)])
         for index, output in enumerate(returned):
             placement: Placement = REPLICATED
-            if isinstance(output, fx.Node) and is_tensor(output):
+            if not isinstance(output, fx.Node):
+                outputs.append(output)
+            elif not is_tensor(output):
+                outputs.append(self._local_argument(output))
+            elif output in shared:
+                outputs.append(self._view_again(output))
+            else:
                 if not self.gather_outputs:
                     placement = self.plan.placement(output)
                 outputs.append(self.convert(output, placement, f"gather_output_{index}"))
-            else:
-                outputs.append(self._local_argument(output) if isinstance(output, fx.Node) else output)
             placements.append(placement)
         outputs += [self._real_rows(each) for each in placements if isinstance(each, Sharded)]
         self.graph.output(tuple(outputs)).meta = dict(node.meta)
         return tuple(placements)
+
+    def _view_again(self, value: fx.Node) -> fx.Node:
+        """A whole value that is a view of another, as a view: what is written to the one shows in the other."""
+        base = _viewed(value)
+        key = (value, "view", self.region)
+        if base is None:
+            return self.convert(value, REPLICATED)
+        if key not in self.converted:
+            source, result = source_of(value)
+            assert isinstance(source.target, torch._ops.OpOverload)
+            args, kwargs = self._arguments(source, [self._view_again(base)])
+            view = self._add(value, source.target, args, kwargs)
+            self.converted[key] = view if source is value else self._add(value, getitem, (view, result), {})
+        return self.converted[key]
 
     def _real_rows(self, placement: Sharded) -> fx.Node:
         sp = torch.ops.sp
@@ -405,6 +425,32 @@ def _call_locally(local: _GraphOp) -> fx.Node:
         else:
             kwargs[local.shape_argument] = shape
     return local.emit(local.call.target, *args, **kwargs)
+
+
+def _viewed(value: fx.Node) -> fx.Node | None:
+    """The value that this one is a view of, if its op makes a view of one operand."""
+    source, _ = source_of(value)
+    if not isinstance(source.target, torch._ops.OpOverload) or source.target._schema.is_mutable:
+        return None
+    aliases = [argument.alias_info is not None for argument in source.target._schema.arguments]
+    base = source.args[0] if aliases and aliases[0] and source.args else None
+    return base if isinstance(base, fx.Node) else None
+
+
+def _shared_memory(outputs: Sequence[fx.Node]) -> frozenset[fx.Node]:
+    """The outputs that share their memory with another one, or with an input."""
+    roots: dict[fx.Node, fx.Node] = {}
+    for output in outputs:
+        root: fx.Node = output
+        while (base := _viewed(root)) is not None:
+            root = base
+        roots[output] = root
+    counts = Counter(roots.values())
+    return frozenset(
+        output
+        for output, root in roots.items()
+        if counts[root] > 1 or (root.op == "placeholder" and root is not output)
+    )
 
 
 def _has_value(node: fx.Node) -> bool:

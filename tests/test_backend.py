@@ -195,6 +195,34 @@ def test_two_graphs() -> None:
     assert [collectives(graph) for graph in graphs] == [[*LAYER, "gather_output_0"]] * 2
 
 
+class WrittenBehind(nn.Module):
+    """Two outputs of the first graph share their memory, which code behind it writes to."""
+
+    def __init__(self, view: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.block, self.view = Block(), view
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, w = self.block(x).detach(), self.block(x)
+        z = self.view(y)
+        torch._dynamo.graph_break()
+        z.mul_(2)
+        return y * 1, w
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "view": lambda y: y.view(2, -1),
+    "slice": lambda y: y[:, 2:5],
+    "chunk": lambda y: y.chunk(2, -1)[1],
+    "transpose": lambda y: y.transpose(1, 2)[:, 3],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_outputs_that_share_memory_still_do(view: str) -> None:
+    assert_equivalent(WrittenBehind(VIEWS[view]).double(), (tokens(1, 7, 12),), parts=2)
+
+
 # Planted wrongs: each must be noticed by the comparison
 
 

@@ -239,3 +239,19 @@ def test_conversions_are_not_shared_across_grad_modes() -> None:
     module = written(Twice(), heads(1, 9, 12))
     of_w = [n for n in module.graph.nodes if n.name.startswith("replicate_w")]
     assert len(of_w) == 2
+
+
+def test_an_output_that_is_a_view_of_an_input_stays_one() -> None:
+    class Viewed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.block(x), x.transpose(0, 1)
+
+    module = written(Viewed(), heads(1, 9, 12))
+    (_, view) = module.graph.output_node().args[0]  # type: ignore[misc, union-attr]
+    assert view.target is torch.ops.aten.transpose.int  # type: ignore[union-attr]
+    assert view.args[0].op == "placeholder"  # type: ignore[union-attr]
+    assert counts(module)["all_gather"] == 1
