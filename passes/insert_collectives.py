@@ -204,14 +204,25 @@ class _Writer:
                 outputs.append(self._local_argument(output))
             elif output in shared:
                 outputs.append(self._view_again(output))
+            elif self.gather_outputs:
+                outputs.append(self._gather_output(output, f"gather_output_{index}"))
             else:
-                if not self.gather_outputs:
-                    placement = self.plan.placement(output)
-                outputs.append(self.convert(output, placement, f"gather_output_{index}"))
+                placement = self.plan.placement(output)
+                outputs.append(self.convert(output, placement))
             placements.append(placement)
         outputs += [self._real_rows(each) for each in placements if isinstance(each, Sharded)]
         self.graph.output(tuple(outputs)).meta = dict(node.meta)
         return tuple(placements)
+
+    def _gather_output(self, value: fx.Node, role: str) -> fx.Node:
+        """A whole output, laid out in memory as the captured one: code behind a graph break may `view` it."""
+        placement, order = self.plan.placement(value), _memory_order(value.meta["val"])
+        if not isinstance(placement, Sharded) or order == sorted(order):
+            return self.convert(value, REPLICATED, role)
+        local = self.emit(aten.permute.default, self.convert(value, placement), order)
+        moved = Sharded(order.index(placement.dim), placement.layout)
+        whole = self._named(self._on_dim(torch.ops.sp.all_gather.default, local, moved), role)
+        return self.emit(aten.permute.default, whole, [order.index(dim) for dim in range(len(order))])
 
     def _view_again(self, value: fx.Node) -> fx.Node:
         """A whole value that is a view of another, as a view: what is written to the one shows in the other."""
@@ -425,6 +436,14 @@ def _call_locally(local: _GraphOp) -> fx.Node:
         else:
             kwargs[local.shape_argument] = shape
     return local.emit(local.call.target, *args, **kwargs)
+
+
+def _memory_order(value: torch.Tensor) -> list[int]:
+    """The dimensions from the outermost in memory to the innermost; as they are where strides are symbolic."""
+    strides = value.stride()
+    if not all(isinstance(stride, int) for stride in strides):
+        return list(range(value.dim()))
+    return sorted(range(value.dim()), key=lambda dim: (-strides[dim], dim))
 
 
 def _viewed(value: fx.Node) -> fx.Node | None:
