@@ -1,17 +1,17 @@
 """Write a sharding plan into a graph: `sp::` ops where placements change, and local sizes.
 
-    ids: i64[1, 32]                              ids: i64[1, 32],  sp_rank: i64[1]
-    h = embedding(w, ids)                        slice_ids   = sp.shard(ids, sp_rank, 1, …)         i64[1, 16]
-    …                                            replicate_w = sp.replicate(w)
-    out = scaled_dot_product_attention(q, k, v)  h = embedding(replicate_w, slice_ids)              f32[1, 16, 64]
-                                                 …
-                                                 gather_seq_scatter_heads_q = sp.all_to_all(q, 2, …, 1, …)
-                                                 out = scaled_dot_product_attention(gather_seq_scatter_heads_q, …)
-                                                 gather_heads_scatter_seq = sp.all_to_all(out, 1, …, 2, …)
+    h = embedding(w, ids)          slice_ids = sp.shard(ids, S(1: 32))                              i64[1, 16 of 32]
+    …                              replicate_w = sp.replicate(w)
+    out = attention(q, k, v)       h = embedding(replicate_w, slice_ids)                            f32[1, 16 of 32, 64]
+    y = linear(out, w_out)         …
+                                   gather_seq_scatter_heads_q = sp.all_to_all(q, gather S(2: 32), scatter S(1: 4))
+                                   out = attention(gather_seq_scatter_heads_q, …)
+                                   gather_heads_scatter_seq = sp.all_to_all(out, gather S(1: 4), scatter S(2: 32))
+                                   y = linear(gather_heads_scatter_seq, replicate_w_out)
 
 A conversion stands before its first consumer and serves all consumers of the same region: one ends where the gradient
 mode or autocast changes. The law of gradients: a replicated value on its way into work that is sharded on a factor
-which it lacks passes `sp.replicate`, whose backward sums over ranks.
+which it lacks passes `sp.replicate`, whose backward sums over ranks. The rank is an input, `sp_rank`; never a constant.
 """
 
 from __future__ import annotations
@@ -228,9 +228,9 @@ class _Writer:
         """A whole value that is a view of another, as a view: what is written to the one shows in the other."""
         base = _viewed(value)
         key = (value, "view", self.region)
-        if base is None:
-            return self.convert(value, REPLICATED)
-        if key not in self.converted:
+        if key not in self.converted and base is None:
+            self.converted[key] = self._gather_output(value, f"gather_output_{value}")
+        elif key not in self.converted and base is not None:
             source, result = source_of(value)
             assert isinstance(source.target, torch._ops.OpOverload)
             args, kwargs = self._arguments(source, [self._view_again(base)])

@@ -54,7 +54,7 @@ def mmdit_single(m: Parts, t: Tensor, x: Tensor) -> Any:
     return h[:, 9:]
 
 
-@program(X, (2, 9, 12), (2, 11, 12), moves={"all_to_all": 8, "gather_output": 4})
+@program(X, (2, 9, 12), (2, 11, 12), moves={"all_to_all": 8, "gather_output": 2})
 def three_streams(m: Parts, x: Tensor, t: Tensor, u: Tensor) -> Any:
     y = m.block(torch.cat([t, x, u], 1))
     t, x, u = y.split([9, 13, 11], 1)
