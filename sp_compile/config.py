@@ -51,7 +51,8 @@ class SequenceParallelConfig:
     rank's sum times P, for a DDP or FSDP that averages over data *and* SP ranks."""
 
     attention: Attention = "auto"
-    """How attention is made whole; "auto" takes what moves the fewest bytes, site by site."""
+    """How attention is made whole. "auto", site by site: nothing moves where keys and values are whole on every rank;
+    else Ulysses, and all-gather-KV where padding the heads would more than double them (P > 2 heads) or none pass."""
 
     rng: RandomNumbers = "parallel"
     """"parallel": dropout on a sharded value draws per rank, equal in distribution to one device.
