@@ -1,6 +1,7 @@
 """The passes, in the order in which a graph takes them. Installed as `sp_compile.passes`.
 
     find_attention      which nodes are an attention                    (analysis)
+    find_mixers         without one: what else mixes a sequence         (analysis)
     propagate           a placement for every value                     (analysis)
     insert_collectives  the plan written into the graph as `sp::` ops   (transform)
 
@@ -11,7 +12,8 @@ if __name__ == "passes":
     raise ImportError("import sp_compile.passes, not passes")
 
 from sp_compile.passes.find_attention import find_attention
+from sp_compile.passes.find_mixers import find_mixers
 from sp_compile.passes.insert_collectives import ShardedGraph, insert_collectives
 from sp_compile.passes.propagate import propagate
 
-__all__ = ["ShardedGraph", "find_attention", "insert_collectives", "propagate"]
+__all__ = ["ShardedGraph", "find_attention", "find_mixers", "insert_collectives", "propagate"]

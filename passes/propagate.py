@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from sp_compile.graph import GraphRules, source_of
-from sp_compile.plan import AttentionSite, Fallback, NodePlan, ShardingPlan, SitePlan
+from sp_compile.plan import AttentionSite, Fallback, NodePlan, ShardingPlan, SiteOperand, SitePlan
 from sp_compile.rule import OpSharding, OpShardingRule
 from sp_compile.sharding import (
     REPLICATED,
@@ -39,15 +39,25 @@ from sp_compile.sharding import (
 )
 
 
-def propagate(rules: GraphRules, sites: Sequence[AttentionSite], parts: int, attention: str) -> ShardingPlan:
-    """Plan the graph for `parts` ranks; `attention` is the option of that name."""
-    return _Planner(rules, sites, parts, attention).plan()
+def propagate(
+    rules: GraphRules, sites: Sequence[AttentionSite], mixers: Sequence[SiteOperand], parts: int, attention: str
+) -> ShardingPlan:
+    """Plan the graph for `parts` ranks; `attention` is the option of that name.
+
+    The sequence is that of the attention sites; in a graph without any, that of the `mixers`.
+    """
+    return _Planner(rules, sites, mixers, parts, attention).plan()
 
 
-def find_marks(rules: GraphRules, sites: Sequence[AttentionSite]) -> dict[tuple[fx.Node, int], Sharded]:
-    """Where the sequence of the sites sits in each value above them, by (node, result).
+def sequences(sites: Sequence[AttentionSite]) -> list[SiteOperand]:
+    """The operands whose sequences the sites attend over."""
+    return [end for site in sites for end in (site.query, site.key, site.value)]
 
-    Where two sites want different dimensions of one value, the one with more bytes below it wins.
+
+def find_marks(rules: GraphRules, ends: Sequence[SiteOperand]) -> dict[tuple[fx.Node, int], Sharded]:
+    """Where the sequence of some operands sits in each value above them, by (node, result).
+
+    Where two of them want different dimensions of one value, the one with more bytes below it wins.
     """
     votes: dict[fx.Node, dict[int, dict[Sharded, int]]] = {}
 
@@ -56,10 +66,9 @@ def find_marks(rules: GraphRules, sites: Sequence[AttentionSite]) -> dict[tuple[
         ballot = votes.setdefault(node, {}).setdefault(result, {})
         ballot[placement] = ballot.get(placement, 0) + weight
 
-    for site in sites:
-        for end in (site.query, site.key, site.value):
-            value = rules.operands(end.node)[end.index]
-            vote(value, Sharded(end.dim, whole_layout(rules.shape(value)[end.dim])), rules.bytes(value))
+    for end in ends:
+        value = rules.operands(end.node)[end.index]
+        vote(value, Sharded(end.dim, whole_layout(rules.shape(value)[end.dim])), rules.bytes(value))
     marks: dict[tuple[fx.Node, int], Sharded] = {}
     for node in reversed(rules.graph.nodes):
         for result, ballot in votes.get(node, {}).items():
@@ -98,12 +107,20 @@ class _Region:
 
 
 class _Planner:
-    def __init__(self, rules: GraphRules, sites: Sequence[AttentionSite], parts: int, attention: str) -> None:
+    def __init__(
+        self,
+        rules: GraphRules,
+        sites: Sequence[AttentionSite],
+        mixers: Sequence[SiteOperand],
+        parts: int,
+        attention: str,
+    ) -> None:
         self.rules = rules
         self.parts = parts
         self.attention = attention
-        self.marks = find_marks(rules, sites)
+        self.marks = find_marks(rules, sequences(sites) or mixers)
         self.sites = {site.nodes[0]: site for site in sites}
+        self.homes: dict[tuple[fx.Node, int], Placement] = dict(self.marks)
         self.nodes: dict[fx.Node, NodePlan] = {}
         self.site_plans: list[SitePlan] = []
         self.fallbacks: list[Fallback] = []
@@ -119,6 +136,7 @@ class _Planner:
             if isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
                 continue  # numbers are those of the global shapes
             if isinstance(node.target, torch._ops.OpOverload):
+                self._find_home(node)
                 self.nodes[node] = planned.get(node) or self._plan_op(node)
             elif node.target is getitem:
                 source, index = source_of(node)
@@ -131,6 +149,25 @@ class _Planner:
 
     def _placements(self, node: fx.Node) -> list[Placement]:
         return [self._placement(operand) for operand in self.rules.operands(node)]
+
+    def _find_home(self, node: fx.Node) -> None:
+        """Where the sequence sits in the results of an op: as marked, or where its operands bring it."""
+        rule = self.rules.rule(node)
+        if rule is None:
+            return
+        above = [self.homes.get(source_of(operand), REPLICATED) for operand in self.rules.operands(node)]
+        carried = [rule.carry(at, above) for at, home in enumerate(above) if isinstance(home, Sharded)]
+        for result in range(len(rule.results)):
+            found = [homes[result] for homes in carried if isinstance(homes[result], Sharded)]
+            self.homes.setdefault((node, result), next(iter(found), REPLICATED))
+
+    def _homeward(self, node: fx.Node, sharding: OpSharding) -> tuple[Placement, ...]:
+        """The results of an op that borrows another dimension than that of the sequence are brought home."""
+        homes = [self.homes.get((node, result), REPLICATED) for result in range(len(sharding.results))]
+        return tuple(
+            home if isinstance(made, Sharded) and isinstance(home, Sharded) and made.dim != home.dim else made
+            for made, home in zip(sharding.results, homes, strict=True)
+        )
 
     # One op
 
@@ -147,13 +184,13 @@ class _Planner:
             return self._begin(node, rule, placements) or whole
         following = [s for s in (rule.follow(index, placements) for index in sharded) if s is not None]
         best = min(following, key=lambda s: self._cost(node, placements, s), default=None)
-        moved = self._cost(node, placements, best)
+        moved = self._cost(node, placements, best) + self._left_whole(node, rule, placements, best)
         borrowed = self._borrow(node, rule, placements, sharded, moved) if moved else None
         if borrowed is not None:
             return borrowed
         if self._gathers(rule, placements, best):
             self._fall_back(node, placements, best, "it needs a sharded dimension whole or cut in another way")
-        return NodePlan(best, best.results) if best else whole
+        return NodePlan(best, self._homeward(node, best)) if best else whole
 
     def _begin(self, node: fx.Node, rule: OpShardingRule, placements: Sequence[Placement]) -> NodePlan | None:
         """Whole operands, but the result is marked: this is where the sequence is cut."""
@@ -187,24 +224,46 @@ class _Planner:
 
         None if that moves more than the `stay` bytes of the alternative.
         """
-        best: tuple[float, NodePlan] | None = None
+        best: tuple[float, int, NodePlan] | None = None
         for operand in sharded:
-            homes = rule.carry(operand, placements)
             for factor, _ in rule.borrowable(operand):
                 sharding = rule.shard_factor(factor)
                 if sharding is None:
                     continue
-                delivered = tuple(
-                    home if isinstance(home, Sharded) else made
-                    for home, made in zip(homes, sharding.results, strict=True)
-                )
-                moved = self._cost(node, placements, sharding)
+                delivered = self._homeward(node, sharding)
+                moved = self._cost(node, placements, sharding) / (self._alike(node, rule, operand) if rule.movement else 1)
                 if delivered != sharding.results and isinstance(node.meta["val"], torch.Tensor):
                     moved += self._move(self.rules.bytes(node), sharding.results[0], delivered[0])
-                padding = self._padding(rule.sizes[factor])
-                if moved * padding <= stay and (best is None or moved * padding < best[0]):
-                    best = moved * padding, NodePlan(sharding, delivered)
-        return best[1] if best else None
+                size = self.rules.hint(rule.sizes[factor])
+                priced = moved * self._padding(size), -size
+                if priced[0] <= stay and (best is None or priced < best[:2]):
+                    best = *priced, NodePlan(sharding, delivered)
+        return best[2] if best else None
+
+    def _left_whole(
+        self, node: fx.Node, rule: OpShardingRule, placements: Sequence[Placement], sharding: OpSharding | None
+    ) -> float:
+        """Bytes for a whole result that has a home: it is summed over the ranks, and its gradient gathered.
+
+        A result without a home may stay whole; but not each of the rows that a scan takes.
+        """
+        results = sharding.results if sharding else (REPLICATED,)
+        at_home = [isinstance(self.homes.get((node, result)), Sharded) for result in range(len(results))]
+        if results != (REPLICATED,) or not isinstance(node.meta["val"], torch.Tensor):
+            return 0.0
+        scanned = rule.movement and any(
+            isinstance(placement, Sharded)
+            and 2 * self._alike(node, rule, index) > self.rules.hint(placement.layout.size)
+            for index, placement in enumerate(placements)
+        )
+        received = self.rules.bytes(node) * (self.parts - 1) / self.parts
+        return received * (2 * (sharding is not None and (at_home[0] or scanned)) + at_home[0])
+
+    def _alike(self, node: fx.Node, rule: OpShardingRule, operand: int) -> int:
+        """How many ops take an operand of this one in the same way: the steps of a scan share its exchange."""
+        value = self.rules.operands(node)[operand]
+        rules = [self.rules.rule(user) for user in value.users if user.target is node.target]
+        return sum(each is not None and each.operands == rule.operands for each in rules)
 
     def _padding(self, size: Size) -> float:
         """How much more is held for a factor of this size to fall into equal blocks."""

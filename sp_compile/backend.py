@@ -25,7 +25,7 @@ from .errors import CaptureError, FallbackError, user_line
 from .graph import GraphRules
 from .group import current_epoch, rank_tensor, resolve_group
 from .ops import LOWERING_VERSION
-from .passes import find_attention, insert_collectives, propagate
+from .passes import find_attention, find_mixers, insert_collectives, propagate
 from .plan import Fallback
 from .rules import stays_whole
 from .sharding import Placement, Sharded
@@ -83,7 +83,8 @@ def _compile(
         return _compile_inner(config, gm, example_inputs)
     rules = GraphRules(captured.graph_module.graph)
     sites = find_attention(rules)
-    plan = propagate(rules, sites, group.size(), config.attention)
+    mixers = () if sites else find_mixers(rules)
+    plan = propagate(rules, sites, mixers, group.size(), config.attention)
     _report(plan.fallbacks, config.strict)
     if not plan.shards:
         return _compile_inner(config, gm, example_inputs)

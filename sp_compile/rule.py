@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -205,7 +206,10 @@ class OpShardingRule:
         return self.run_on(self._with_neighbours(factor, whole_layout(self.sizes[factor], granule), ()))
 
     def carry(self, operand: int, placements: Sequence[Placement]) -> tuple[Placement, ...]:
-        """Where the results would sit had the op kept its operand's placement, need-replication or not."""
+        """Where the results would sit had the op kept its operand's placement, need-replication or not.
+
+        A whole dimension that changes its size in its place, as a length does in a convolution, is still the sequence.
+        """
         cut = self._mark(self.operands[operand], placements[operand], placements)
         return tuple((cut and self._place(dims, cut)) or REPLICATED for dims in self.results)
 
@@ -256,7 +260,19 @@ class OpShardingRule:
             dim = dims[placement.dim]
             if isinstance(dim, Joined):
                 return {stream: whole_layout(self.sizes[stream]) for stream in dim.streams}
-        return cut
+        resized = {self._resized[factor] for factor in cut or () if factor in self._resized}
+        return {**cut, **{factor: whole_layout(self.sizes[factor]) for factor in resized}} if cut else cut
+
+    @cached_property
+    def _resized(self) -> Mapping[str, str]:
+        """Whole dimensions of the first operand and a result in the same place, `l! -> m!`, both ways."""
+        pairs: dict[str, str] = {}
+        for result in self.results:
+            for before, after in zip(self.operands[0], result, strict=False):
+                both = (*factors_of(before), *factors_of(after))
+                if len(set(both)) == 2 == len(both) and self.need_replication.issuperset(both):
+                    pairs |= {both[0]: both[1], both[1]: both[0]}
+        return pairs
 
     def _with_neighbours(self, factor: str, layout: Layout, placements: Sequence[Placement]) -> Cut | None:
         """Streams of one dimension are cut together: each as it comes, or plainly."""

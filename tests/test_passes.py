@@ -39,7 +39,7 @@ def rules_of(function: Callable[..., Any], *args: Tensor) -> tuple[fx.GraphModul
 
 def plan_of(function: Callable[..., Any], *args: Tensor, parts: int = 2, attention: str = "auto") -> ShardingPlan:
     _, rules = rules_of(function, *args)
-    return propagate(rules, find_attention(rules), parts, attention)
+    return propagate(rules, find_attention(rules), (), parts, attention)
 
 
 def heads(*shape: int) -> Tensor:
@@ -186,7 +186,7 @@ def test_an_op_that_needs_the_sequence_borrows_the_channels_and_returns() -> Non
 
 def written(function: nn.Module, *args: Tensor, parts: int = 2, **options: Any) -> fx.GraphModule:
     module, rules = rules_of(function, *args)
-    plan = propagate(rules, find_attention(rules), parts, "auto")
+    plan = propagate(rules, find_attention(rules), (), parts, "auto")
     with fake_world(parts):
         return insert_collectives(module, rules, plan, "0", SequenceParallelConfig(**options)).graph_module
 
