@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from heapq import heappop, heappush
+from operator import getitem
 
 from torch import fx
 
@@ -137,6 +138,8 @@ def _between(first: fx.Node, last: fx.Node, rules: GraphRules) -> tuple[fx.Node,
 
 def _mixes(node: fx.Node, keys: Mapping[fx.Node, Placement], rules: GraphRules) -> bool:
     """Whether an op needs the keys of a query together: linear attention has no such op, and is no site."""
+    if node.target is getitem:
+        return False
     rule = rules.rule(node)
     if rule is None:
         return True

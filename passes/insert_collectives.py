@@ -129,9 +129,9 @@ class _Writer:
             self.written[node] = self._named(self._add(node, node.target, *self._arguments(node, [])), node.name)
         else:
             local = _GraphOp(self, node)
-            body = self.rules.rule(node)
-            assert body is not None
-            written = body.bodies.get(plan.sharding.factor, _call_locally)(local)
+            rule = self.rules.rule(node)
+            assert rule is not None
+            written = (rule.body(plan.sharding) or _call_locally)(local)
             if isinstance(written, tuple):
                 for user in node.users:
                     self.written[user] = written[source_of(user)[1]]
@@ -239,9 +239,8 @@ class _Writer:
         return self.converted[key]
 
     def _real_rows(self, placement: Sharded) -> fx.Node:
-        sp = torch.ops.sp
-        positions = self.emit(sp.positions.default, self.rank, *self._dim(placement)[1:], self.group)
-        marked = self._on_dim(sp.mask_padding.default, positions, Sharded(0, placement.layout), -1)
+        positions = self._positions(placement)
+        marked = self._on_dim(torch.ops.sp.mask_padding.default, positions, Sharded(0, placement.layout), -1)
         return self.emit(aten.ge.Scalar, marked, 0)
 
     # Conversions
@@ -291,7 +290,8 @@ class _Writer:
             return self._named(self._on_dim(sp.all_gather.default, local, source), role or f"all_gather_{name}", value)
         if isinstance(source, Sharded) and isinstance(target, Sharded) and source.dim != target.dim:
             layouts = (*self._dim(source), *self._dim(target))
-            moved = self.emit(sp.all_to_all.default, local, *layouts, self.group)
+            windows = self._windows(source, "gather_windows") | self._windows(target, "scatter_windows")
+            moved = self.emit(sp.all_to_all.default, local, *layouts, self.group, **windows)
             return self._named(moved, role or self.roles.get(value) or f"all_to_all_{name}", value)
         if isinstance(source, Sharded) and isinstance(target, GroupedHeads) and source.dim != target.dim:
             moved = self.emit(
@@ -302,6 +302,7 @@ class _Writer:
                 target.dim,
                 target.query_heads,
                 self.group,
+                **self._windows(source, "gather_windows"),
             )
             return self._named(moved, role or self.roles.get(value) or f"all_to_all_{name}", value)
         if isinstance(source, Replicated) and isinstance(target, GroupedHeads):
@@ -319,8 +320,18 @@ class _Writer:
         granules = [self.size(segment.granule) for segment in layout.segments]
         return placement.dim, self.size(layout.outer), sizes, granules
 
+    def _windows(self, placement: Sharded, name: str = "windows") -> dict[str, list[int | fx.Node]]:
+        """The argument for rows that are gone; none if there are none."""
+        gone = [rows for segment in placement.layout.segments for rows in (segment.before, segment.after)]
+        return {name: [self.size(rows) for rows in gone]} if any(rows != 0 for rows in gone) else {}
+
     def _on_dim(self, op: torch._ops.OpOverload, local: fx.Node, placement: Sharded, *extra: Any) -> fx.Node:
-        return self.emit(op, local, self.rank, *self._dim(placement), *extra, self.group)
+        layout = self._dim(placement)
+        return self.emit(op, local, self.rank, *layout, *extra, self.group, **self._windows(placement))
+
+    def _positions(self, placement: Sharded) -> fx.Node:
+        _, *layout = self._dim(placement)
+        return self.emit(torch.ops.sp.positions.default, self.rank, *layout, self.group, **self._windows(placement))
 
     # Sizes
 
@@ -402,6 +413,9 @@ class _GraphOp:
             return value
         return self._writer._on_dim(torch.ops.sp.mask_padding.default, value, placement, fill)
 
+    def refill_padding(self, value: fx.Node, placement: Sharded) -> fx.Node:
+        return self._writer._on_dim(torch.ops.sp.refill_padding.default, value, placement)
+
     def all_reduce(self, value: fx.Node, kind: str = "sum") -> fx.Node:
         reduced = self.emit(torch.ops.sp.all_reduce.default, value, kind, self._writer.group)
         return self._writer._named(reduced, f"all_reduce_{self._writer.current}")
@@ -410,8 +424,7 @@ class _GraphOp:
         return self._writer._on_dim(torch.ops.sp.shard.default, value, placement)
 
     def positions(self, placement: Sharded) -> fx.Node:
-        _, *layout = self._writer._dim(placement)
-        return self.emit(torch.ops.sp.positions.default, self.rank(), *layout, self._writer.group)
+        return self._writer._positions(placement)
 
     def select_rows(self, value: fx.Node, placement: Sharded, index: fx.Node) -> fx.Node:
         rows = self._writer._on_dim(torch.ops.sp.select_rows.default, value, placement, index)

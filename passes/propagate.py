@@ -130,6 +130,7 @@ class _Planner:
         for node in self.rules.graph.nodes:
             if node in self.sites:
                 region = self._plan_site(self.sites[node])
+                self._begin_beside(self.sites[node], region.nodes)
                 moved = self._moved(self.sites[node], region.nodes)
                 self.site_plans.append(SitePlan(self.sites[node], region.strategy, region.reason, moved))
                 planned |= region.nodes
@@ -188,12 +189,16 @@ class _Planner:
         borrowed = self._borrow(node, rule, placements, sharded, moved) if moved else None
         if borrowed is not None:
             return borrowed
-        if self._gathers(rule, placements, best):
+        if best is not None:
+            placements = self._begin_otherwise(node, placements, best)
+        if self._gathers(rule, placements, best) and not self._is_returned(node):
             self._fall_back(node, placements, best, "it needs a sharded dimension whole or cut in another way")
         return NodePlan(best, self._homeward(node, best)) if best else whole
 
     def _begin(self, node: fx.Node, rule: OpShardingRule, placements: Sequence[Placement]) -> NodePlan | None:
-        """Whole operands, but the result is marked: this is where the sequence is cut."""
+        """Whole operands, but the result is marked: this is where the sequence is cut; weights, where they meet it."""
+        if self.rules.is_weight(node):
+            return None
         for result in range(len(rule.results)):
             mark = self.marks.get((node, result))
             if mark is not None and self.rules.is_activation(node):
@@ -201,6 +206,42 @@ class _Planner:
                 if sharding is not None:
                     return NodePlan(sharding, sharding.results)
         return None
+
+    def _begin_otherwise(
+        self, node: fx.Node, placements: Sequence[Placement], sharding: OpSharding
+    ) -> Sequence[Placement]:
+        """Operands that are cut above this op only, such as rows of a position table, are cut as the op needs them."""
+        operands = self.rules.operands(node)
+        for operand, target in zip(operands, sharding.operands, strict=True):
+            self.nodes |= self._begun_otherwise(node, operand, target) or {}
+        return [self._placement(operand) for operand in operands]
+
+    def _begun_otherwise(
+        self, user: fx.Node, value: fx.Node, target: Sharded | GroupedHeads | None
+    ) -> dict[fx.Node, NodePlan] | None:
+        """The plans of what stands between whole values and this one for it to be made so; None if that moves more."""
+        plan, rule = self.nodes.get(value), self.rules.rule(value)
+        if plan is None or rule is None or plan.sharding is None or not isinstance(target, Sharded):
+            return None
+        shared = any(other is not user and other in self.nodes for other in value.users)
+        sharding = rule.follow_result(0, target, self._placements(value))
+        if shared or len(rule.results) > 1 or plan.delivered == (target,) or sharding is None:
+            return None
+        plans = {value: NodePlan(sharding, sharding.results)}
+        for operand, needed in zip(self.rules.operands(value), sharding.operands, strict=True):
+            placement = self._placement(operand)
+            if isinstance(placement, Sharded) and placement != needed:
+                above = self._begun_otherwise(value, operand, needed)
+                if above is None:
+                    return None
+                plans |= above
+        return plans
+
+    def _is_returned(self, node: fx.Node) -> bool:
+        """Whether an op only moves rows of what is an output anyway, such as an image out of its patches."""
+        rule = self.rules.rule(node)
+        moves = node.target is getitem or (rule is not None and rule.movement)
+        return moves and all(user.op == "output" or self._is_returned(user) for user in node.users)
 
     def _gathers(self, rule: OpShardingRule, placements: Sequence[Placement], sharding: OpSharding | None) -> bool:
         """Whether an operand that is sharded is gathered: to be whole, or to be cut in another way."""
@@ -231,7 +272,9 @@ class _Planner:
                 if sharding is None:
                     continue
                 delivered = self._homeward(node, sharding)
-                moved = self._cost(node, placements, sharding) / (self._alike(node, rule, operand) if rule.movement else 1)
+                moved = self._cost(node, placements, sharding) / (
+                    self._alike(node, rule, operand) if rule.movement else 1
+                )
                 if delivered != sharding.results and isinstance(node.meta["val"], torch.Tensor):
                     moved += self._move(self.rules.bytes(node), sharding.results[0], delivered[0])
                 size = self.rules.hint(rule.sizes[factor])
@@ -276,7 +319,8 @@ class _Planner:
         total = 0.0
         for index, (operand, placement) in enumerate(zip(operands, placements, strict=True)):
             target = sharding.operands[index] if sharding else None
-            if target is not None or rule is None or index not in rule.metadata:
+            moves = target is not None or rule is None or index not in rule.metadata
+            if moves and not self._begun_otherwise(node, operand, target):
                 total += self._move(self.rules.bytes(operand), placement, target or REPLICATED)
         return total
 
@@ -321,6 +365,15 @@ class _Planner:
             return _Region(kept, "all_gather_kv", "too few heads, or none that every op of the site passes")
         return _Region({}, "replicate", "no dimension that every op of the site passes")
 
+    def _begin_beside(self, site: AttentionSite, plans: Mapping[fx.Node, NodePlan]) -> None:
+        """What else a site takes is cut as it needs it: of a bias looked up in a table of heads, the table."""
+        ends = [(end.node, end.index) for end in (site.query, site.key, site.value)]
+        for node, plan in plans.items():
+            for index, operand in enumerate(self.rules.operands(node)):
+                target = plan.operand(index)
+                if operand not in plans and (node, index) not in ends and isinstance(target, Sharded):
+                    self.nodes |= self._begun_otherwise(node, operand, target) or {}
+
     def _moved(self, site: AttentionSite, plans: Mapping[fx.Node, NodePlan]) -> tuple[fx.Node, ...]:
         """The values that are brought to a site for q, k and v: those before the views that moved into it."""
         values = []
@@ -334,27 +387,28 @@ class _Planner:
 
     def _region(self, site: AttentionSite, start: OpSharding) -> dict[fx.Node, NodePlan] | None:
         """The plans of a site whose first op runs so, and whose other ops follow; None if one of them cannot."""
-        inside: dict[fx.Node, Placement] = {}
-        homes: dict[fx.Node, Placement] = {}
+        inside: dict[fx.Node, tuple[Placement, ...]] = {}
+        homes: dict[fx.Node, tuple[Placement, ...]] = {}
         plans: dict[fx.Node, NodePlan] = {}
         for node in site.nodes:
+            if node.target is getitem:
+                continue
             rule, operands = self.rules.rule(node), self.rules.operands(node)
             if rule is None:
                 return None
-            placements = [inside.get(operand, REPLICATED) for operand in operands]
+            placements = [_result(inside, operand) for operand in operands]
             sharding = start if node is site.nodes[0] else _agreed(rule, placements)
             if sharding is None:
                 return None
-            at_home = [homes.get(operand, REPLICATED) for operand in operands]
+            at_home = [_result(homes, operand) for operand in operands]
             if node is site.query.node:
                 at_home[site.query.index] = self._placement(operands[site.query.index])
-            homes[node] = next(
-                (home for index in range(len(operands)) if isinstance(home := rule.carry(index, at_home)[0], Sharded)),
-                REPLICATED,
-            )
-            inside[node] = sharding.results[0]
+            carried = [rule.carry(at, at_home) for at, home in enumerate(at_home) if isinstance(home, Sharded)]
+            whole = tuple(REPLICATED for _ in sharding.results)
+            homes[node] = next((each for each in carried if each != whole), whole)
+            inside[node] = sharding.results
             plans[node] = NodePlan(sharding, sharding.results)
-        home = homes[site.output]
+        home = _result(homes, site.output)
         if isinstance(home, Sharded):
             plans[site.output] = replace(plans[site.output], delivered=(home,))
         for end in (site.key, site.value):
@@ -472,6 +526,12 @@ class _Planner:
             if _back(path, rows) == came_from and all(_back(path, other) == other for other in others):
                 return at
         return None
+
+
+def _result(results: Mapping[fx.Node, tuple[Placement, ...]], value: fx.Node) -> Placement:
+    """The placement of a value among those of the results of ops."""
+    source, index = source_of(value)
+    return results[source][index] if source in results else REPLICATED
 
 
 def _agreed(rule: OpShardingRule, placements: Sequence[Placement]) -> OpSharding | None:

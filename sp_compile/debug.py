@@ -164,7 +164,7 @@ def _call(node: fx.Node) -> str:
         name = argument.name
         if name not in given or (argument.has_default_value() and given[name] == argument.default_value):
             continue
-        if by_name and (name in ("rank", "group") or name.endswith(("outer", "sizes", "granules"))):
+        if by_name and (name in ("rank", "group") or name.endswith(("outer", "sizes", "granules", "windows"))):
             continue
         if by_name and name.endswith("dim") and f"{name[:-3]}sizes" in given:
             words.append(_layout(given, name[:-3]))
@@ -176,13 +176,17 @@ def _call(node: fx.Node) -> str:
 
 
 def _layout(given: Mapping[str, Any], prefix: str) -> str:
-    """The four arguments of a layout as the placement that they are, `S(2: 32)`."""
-    segments = [
-        f"{size}" if granule == 1 else f"{size}/{granule}"
-        for size, granule in zip(given[f"{prefix}sizes"], given[f"{prefix}granules"], strict=True)
+    """The arguments of a layout as the placement that they are, `S(2: 32)`."""
+    sizes, granules = given[f"{prefix}sizes"], given[f"{prefix}granules"]
+    windows = given.get(f"{prefix}windows") or [0] * 2 * len(sizes)
+    segments = zip(sizes, granules, windows[::2], windows[1::2], strict=True)
+    rows = [
+        (f"{size}" if granule == 1 else f"{size}/{granule}")
+        + (f"[{before}:-{after}]" if (before, after) != (0, 0) else "")
+        for size, granule, before, after in segments
     ]
     outer = "" if given[f"{prefix}outer"] == 1 else f"{given[f'{prefix}outer']}x"
-    return f"{prefix.replace('_', ' ')}S({given[f'{prefix}dim']}: {outer}{'+'.join(segments)})"
+    return f"{prefix.replace('_', ' ')}S({given[f'{prefix}dim']}: {outer}{'+'.join(rows)})"
 
 
 def _format(argument: Any) -> str:

@@ -21,13 +21,14 @@ The first two are conjugate, and the last two (Megatron's g and f: Korthikanti e
 all_to_all is that of the exchange back (DeepSpeed Ulysses: Jacobs et al. 2023). Each backward is
 written in the conjugate op, and so can be differentiated again.
 
-A layout is `dim, outer, sizes, granules`, as in `sharding.Sharded`. Sizes are global and may be
-symbolic: nothing here asks whether P divides one of them, unless they are plain ints.
+A layout is `dim, outer, sizes, granules`, as in `sharding.Sharded`, and `windows` of rows that are
+gone: `[before, after, ...]`, two for each segment, or none. Sizes are global and may be symbolic:
+nothing here asks whether P divides one of them, unless they are plain ints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -37,12 +38,13 @@ from torch.distributed.distributed_c10d import GroupName, _get_group_size_by_nam
 from sp_compile.errors import SequenceParallelError
 from sp_compile.sharding import block_rows
 
-LOWERING_VERSION = 2
+LOWERING_VERSION = 3
 """Part of every compile cache key: raise it whenever what an op lowers to changes."""
 
 _collectives = torch.ops._c10d_functional
 _library = torch.library.Library("sp", "DEF")
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Tensor])
+Sizes: TypeAlias = Sequence[int]
 
 # What every transport takes, gloo too; anything else travels as a view of its bytes.
 _INTEGERS = {torch.uint8, torch.int8, torch.int32, torch.int64}
@@ -56,24 +58,38 @@ class ShardedDim(NamedTuple):
 
     dim: int
     outer: int
-    sizes: list[int]
-    granules: list[int]
+    sizes: Sizes
+    granules: Sizes
+    windows: Sizes = ()
 
     @property
     def rows(self) -> int:
         return sum(self.sizes)
 
+    @property
+    def before(self) -> list[int]:
+        return self.windows[::2] or [0] * len(self.sizes)
+
     def blocks(self, parts: int) -> list[int]:
-        segments = zip(self.sizes, self.granules, strict=True)
-        return [block_rows(size, granule, parts) for size, granule in segments]
+        after = self.windows[1::2] or [0] * len(self.sizes)
+        segments = zip(self.before, self.sizes, after, self.granules, strict=True)
+        return [block_rows(low + size + high, granule, parts) for low, size, high, granule in segments]
 
     def local(self, parts: int) -> int:
         return sum(self.blocks(parts))
 
+    def each_rank_has_rows(self, parts: int) -> bool:
+        """Whether it is known that every rank has a real row of every segment."""
+        segments = [*zip(self.sizes, self.before, self.blocks(parts), strict=True)]
+        if not all(isinstance(x, int) for segment in segments for x in segment):
+            return False
+        last = parts - 1
+        return all(before < block and before + size > last * block for size, before, block in segments)
+
     def is_even(self, parts: int) -> bool:
         """One segment, known to need no padding: its blocks laid end to end are the whole."""
         size, granule = self.sizes[0], self.granules[0]
-        known = len(self.sizes) == 1 and isinstance(size, int) and isinstance(granule, int)
+        known = len(self.sizes) == 1 and not self.windows and isinstance(size, int) and isinstance(granule, int)
         return known and size % (granule * parts) == 0
 
 
@@ -105,16 +121,18 @@ def _dimension(x: Tensor, dim: int) -> int:
     return dim % x.dim()
 
 
-def _layout(x: Tensor, dim: int, outer: int, sizes: list[int], granules: list[int], parts: int = 1) -> ShardedDim:
-    """The layout of dimension `dim`, of which `x` holds one of `parts`, padded; the whole if 1."""
+def _layout(
+    x: Tensor, dim: int, outer: int, sizes: Sizes, granules: Sizes, windows: Sizes, parts: int | None = None
+) -> ShardedDim:
+    """The layout of dimension `dim`, of which `x` holds one of `parts`, padded; or the whole."""
     if len(sizes) != len(granules) or not sizes:
         raise SequenceParallelError(f"{len(sizes)} segment sizes, {len(granules)} granules: every segment needs both")
-    layout = ShardedDim(_dimension(x, dim), outer, sizes, granules)
-    found, expected = x.shape[layout.dim], outer * layout.local(parts)
+    layout = ShardedDim(_dimension(x, dim), outer, sizes, granules, windows)
+    found, expected = x.shape[layout.dim], outer * (layout.rows if parts is None else layout.local(parts))
     # Symbolic sizes are not compared: that would be a guard.
     if isinstance(found, int) and isinstance(expected, int) and found != expected:
         raise SequenceParallelError(
-            f"dimension {layout.dim} of {list(x.shape)} has {found} rows; one of {parts} parts of "
+            f"dimension {layout.dim} of {list(x.shape)} has {found} rows; one of {parts or 1} parts of "
             f"{outer} x segments {sizes} with granules {granules} has {expected}"
         )
     return layout
@@ -133,27 +151,44 @@ def _owned_rows(layout: ShardedDim, ranks: Tensor, parts: int) -> tuple[Tensor, 
     rows: list[Tensor] = []
     real: list[Tensor] = []
     start = 0
-    segments = zip(layout.sizes, layout.granules, layout.blocks(parts), strict=True)
-    for size, granule, block in segments:
-        row = ranks.view(-1, 1, 1) * block + torch.arange(block, device=ranks.device)
+    segments = zip(layout.sizes, layout.granules, layout.before, layout.blocks(parts), strict=True)
+    for size, granule, before, block in segments:
+        row = ranks.view(-1, 1, 1) * block + torch.arange(block, device=ranks.device) - before
         last = (size - granule + (row - size) % granule).clamp(min=0)
-        rows.append(torch.where(row < size, row, last) + start)
-        real.append(row < size)
+        padded = torch.where(row < size, row % granule, last) if layout.windows else last
+        is_real = (row >= 0) & (row < size) if layout.windows else row < size
+        rows.append(torch.where(is_real, row, padded) + start)
+        real.append(is_real)
         start = start + size
     outer = torch.arange(layout.outer, device=ranks.device).unsqueeze(1)
     within = torch.cat(real, 2).expand(-1, layout.outer, -1)
     return (outer * layout.rows + torch.cat(rows, 2)).flatten(), within.flatten()
 
 
+def _nearest_real(layout: ShardedDim, rank: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """For each local row of `rank` the nearest real one in its segment, and if there is one: `[local]`."""
+    index: list[Tensor] = []
+    present: list[Tensor] = []
+    start = 0
+    for size, before, block in zip(layout.sizes, layout.before, layout.blocks(parts), strict=True):
+        first, last = before - rank * block, before + size - 1 - rank * block
+        row = torch.arange(block, device=rank.device)
+        nearest = torch.minimum(torch.maximum(row, first), last).clamp(0, block - 1)
+        index.append(nearest + start)
+        present.append(((last >= 0) & (first < block)).expand(block))
+        start = start + block
+    return torch.cat(index), torch.cat(present)
+
+
 def _stored_rows(layout: ShardedDim, parts: int, device: torch.device) -> Tensor:
     """Where each global row lies in the local rows of all ranks end to end, `[outer * s]`."""
     if len(layout.sizes) == 1 and isinstance(layout.outer, int) and layout.outer == 1:
-        return torch.arange(layout.rows, device=device)
+        return torch.arange(layout.rows, device=device) + layout.before[0]
     stored: list[Tensor] = []
     outer = torch.arange(layout.outer, device=device).unsqueeze(1)
     start, local = 0, layout.local(parts)
-    for size, block in zip(layout.sizes, layout.blocks(parts), strict=True):
-        row = torch.arange(size, device=device)
+    for size, before, block in zip(layout.sizes, layout.before, layout.blocks(parts), strict=True):
+        row = torch.arange(size, device=device) + before
         # Not `row // block`: torch 2.13's Inductor splits a loop over such rows by `block` and, on CPU, drops the rest.
         owner = (row.unsqueeze(1) >= torch.arange(1, parts, device=device) * block).sum(1)
         stored.append((owner * layout.outer + outer) * local + row - owner * block + start)
@@ -460,29 +495,36 @@ class _AllToAllKV(_Function):
 _LAYOUT = "int dim, SymInt outer, SymInt[] sizes, SymInt[] granules"
 _GATHER = "int gather_dim, SymInt gather_outer, SymInt[] gather_sizes, SymInt[] gather_granules"
 _SCATTER = _GATHER.replace("gather", "scatter")
-Sizes: TypeAlias = list[int]
+_WINDOWS = "SymInt[] windows=[]"
 
 
-@_op(f"shard(Tensor x, Tensor rank, {_LAYOUT}, str group) -> Tensor")
-def shard(x: Tensor, rank: Tensor, dim: int, outer: int, sizes: Sizes, granules: Sizes, group: str) -> Tensor:
+@_op(f"shard(Tensor x, Tensor rank, {_LAYOUT}, str group, {_WINDOWS}) -> Tensor")
+def shard(
+    x: Tensor, rank: Tensor, dim: int, outer: int, sizes: Sizes, granules: Sizes, group: str, windows: Sizes = ()
+) -> Tensor:
     """My block of every segment, padded by repetition: `[B, S, C]` -> `[B, ceil(S/P), C]`.
 
     `y_r = x[rows of r]`, without communication; backward `cat_r(g_r)`, the padding dropped.
     """
-    return _Shard.run(x, rank, _layout(x, dim, outer, sizes, granules), group)
+    return _Shard.run(x, rank, _layout(x, dim, outer, sizes, granules, windows), group)
 
 
-@_op(f"all_gather(Tensor x, Tensor rank, {_LAYOUT}, str group) -> Tensor")
-def all_gather(x: Tensor, rank: Tensor, dim: int, outer: int, sizes: Sizes, granules: Sizes, group: str) -> Tensor:
+@_op(f"all_gather(Tensor x, Tensor rank, {_LAYOUT}, str group, {_WINDOWS}) -> Tensor")
+def all_gather(
+    x: Tensor, rank: Tensor, dim: int, outer: int, sizes: Sizes, granules: Sizes, group: str, windows: Sizes = ()
+) -> Tensor:
     """The whole from every rank's part, without padding: `[B, ceil(S/P), C]` -> `[B, S, C]`.
 
     `y = cat_r(x_r)`; backward `g[rows of r]`, 0 at padding: g is the full gradient already.
     """
-    layout = _layout(x, dim, outer, sizes, granules, _group_size(group))
+    layout = _layout(x, dim, outer, sizes, granules, windows, _group_size(group))
     return _AllGather.run(x, rank, layout, group)
 
 
-@_op(f"all_to_all(Tensor x, {_GATHER}, {_SCATTER}, str group) -> Tensor")
+@_op(
+    f"all_to_all(Tensor x, {_GATHER}, {_SCATTER}, str group, SymInt[] gather_windows=[], SymInt[] scatter_windows=[])"
+    " -> Tensor"
+)
 def all_to_all(
     x: Tensor,
     gather_dim: int,
@@ -494,6 +536,8 @@ def all_to_all(
     scatter_sizes: Sizes,
     scatter_granules: Sizes,
     group: str,
+    gather_windows: Sizes = (),
+    scatter_windows: Sizes = (),
 ) -> Tensor:
     """Move the shard to another dimension: `[B, H, ceil(S/P), D]` -> `[B, ceil(H/P), S, D]`.
 
@@ -501,8 +545,8 @@ def all_to_all(
     padded by repetition. Backward is the exchange back, 0 at padding (Jacobs et al. 2023).
     """
     parts = _group_size(group)
-    gather = _layout(x, gather_dim, gather_outer, gather_sizes, gather_granules, parts)
-    scatter = _layout(x, scatter_dim, scatter_outer, scatter_sizes, scatter_granules)
+    gather = _layout(x, gather_dim, gather_outer, gather_sizes, gather_granules, gather_windows, parts)
+    scatter = _layout(x, scatter_dim, scatter_outer, scatter_sizes, scatter_granules, scatter_windows)
     _check_distinct(x, gather.dim, scatter.dim)
     return _AllToAll.run(x, gather, scatter, group)
 
@@ -516,7 +560,7 @@ def start_all_to_all(
     A dtype that transports refuse is sent as bytes, a last dimension. Backward: each piece of the
     gradient goes back to the rank that cut it, those of padding are dropped.
     """
-    scatter = _layout(x, scatter_dim, scatter_outer, scatter_sizes, scatter_granules)
+    scatter = _layout(x, scatter_dim, scatter_outer, scatter_sizes, scatter_granules, ())
     return _StartAllToAll.run(x, scatter, group)
 
 
@@ -569,7 +613,7 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
     return _ScaleGradient.run(x, factor)
 
 
-@_op(f"mask_padding(Tensor x, Tensor rank, {_LAYOUT}, Scalar fill, str group) -> Tensor")
+@_op(f"mask_padding(Tensor x, Tensor rank, {_LAYOUT}, Scalar fill, str group, {_WINDOWS}) -> Tensor")
 def mask_padding(
     x: Tensor,
     rank: Tensor,
@@ -579,24 +623,48 @@ def mask_padding(
     granules: Sizes,
     fill: float,
     group: str,
+    windows: Sizes = (),
 ) -> Tensor:
     """`[B, ceil(S/P), C]` with `fill` at the padding: the neutral element of what reduces it.
 
     `y_r = x_r` at real rows; backward g there and 0 at padding. No communication.
     """
     parts = _group_size(group)
-    layout = _layout(x, dim, outer, sizes, granules, parts)
+    layout = _layout(x, dim, outer, sizes, granules, windows, parts)
     _, real = _owned_rows(layout, rank, parts)
     return _fill(x, layout.dim, real, fill)
 
 
-@_op("positions(Tensor rank, SymInt outer, SymInt[] sizes, SymInt[] granules, str group) -> Tensor")
-def positions(rank: Tensor, outer: int, sizes: Sizes, granules: Sizes, group: str) -> Tensor:
+@_op(f"refill_padding(Tensor x, Tensor rank, {_LAYOUT}, str group, {_WINDOWS}) -> Tensor")
+def refill_padding(
+    x: Tensor, rank: Tensor, dim: int, outer: int, sizes: Sizes, granules: Sizes, group: str, windows: Sizes = ()
+) -> Tensor:
+    """`[B, ceil(S/P), C]` with a real row of the same segment in place of padding that holds rows which are gone.
+
+    `y_r = x_r` at real rows, else the nearest real one of mine; or, where a rank may have none, the first of all, which
+    costs an all-reduce of a row. Backward g at real rows, for the gradient of padding is 0. One `outer` only.
+    """
+    parts = _group_size(group)
+    layout = _layout(x, dim, outer, sizes, granules, windows, parts)
+    mine, present = _nearest_real(layout, rank, parts)
+    nearest = x.index_select(layout.dim, mine)
+    if layout.each_rank_has_rows(parts):
+        return nearest
+    starts = [sum(layout.sizes[:at]) for at in range(len(layout.sizes))]
+    first = torch.cat([torch.full((1,), start, device=x.device, dtype=torch.int64) for start in starts])
+    rows = select_rows(x, rank, dim, outer, sizes, granules, first, group, windows)
+    counts = torch.tensor(layout.blocks(parts), device=x.device)
+    remote = rows.repeat_interleave(counts, layout.dim, output_size=layout.local(parts))
+    return torch.where(present.view(-1, *[1] * (x.dim() - layout.dim - 1)), nearest, remote)
+
+
+@_op(f"positions(Tensor rank, SymInt outer, SymInt[] sizes, SymInt[] granules, str group, {_WINDOWS}) -> Tensor")
+def positions(rank: Tensor, outer: int, sizes: Sizes, granules: Sizes, group: str, windows: Sizes = ()) -> Tensor:
     """The global row of each local row, int64 `[outer * local]`; padding repeats as in `shard`."""
-    return _owned_rows(ShardedDim(0, outer, sizes, granules), rank, _group_size(group))[0]
+    return _owned_rows(ShardedDim(0, outer, sizes, granules, windows), rank, _group_size(group))[0]
 
 
-@_op(f"select_rows(Tensor x, Tensor rank, {_LAYOUT}, Tensor index, str group) -> Tensor")
+@_op(f"select_rows(Tensor x, Tensor rank, {_LAYOUT}, Tensor index, str group, {_WINDOWS}) -> Tensor")
 def select_rows(
     x: Tensor,
     rank: Tensor,
@@ -606,6 +674,7 @@ def select_rows(
     granules: Sizes,
     index: Tensor,
     group: str,
+    windows: Sizes = (),
 ) -> Tensor:
     """Some global rows, on every rank: `[B, ceil(S/P), C]` and int64 `[n]` -> `[B, n, C]`.
 
@@ -613,7 +682,7 @@ def select_rows(
     indices count from the end. Backward: g added to the rows that I own, no communication.
     """
     parts = _group_size(group)
-    layout = _layout(x, dim, outer, sizes, granules, parts)
+    layout = _layout(x, dim, outer, sizes, granules, windows, parts)
     wrapped = torch.where(index < 0, index + outer * layout.rows, index)
     stored = _stored_rows(layout, parts, x.device).index_select(0, wrapped)
     mine = stored // x.shape[layout.dim] == rank
@@ -621,7 +690,10 @@ def select_rows(
     return _SelectRows.run(x, layout.dim, row, mine, group)
 
 
-@_op(f"all_to_all_kv(Tensor x, Tensor rank, {_GATHER}, int head_dim, int query_heads, str group) -> Tensor")
+@_op(
+    f"all_to_all_kv(Tensor x, Tensor rank, {_GATHER}, int head_dim, int query_heads, str group,"
+    " SymInt[] gather_windows=[]) -> Tensor"
+)
 def all_to_all_kv(
     x: Tensor,
     rank: Tensor,
@@ -632,6 +704,7 @@ def all_to_all_kv(
     head_dim: int,
     query_heads: int,
     group: str,
+    gather_windows: Sizes = (),
 ) -> Tensor:
     """The KV head of each of my query heads: `[B, G, ceil(S/P), D]` -> `[B, ceil(H/P), S, D]`.
 
@@ -640,7 +713,7 @@ def all_to_all_kv(
     the query heads of a KV head, padded ones dropped, and exchanges back with 0 at padding.
     """
     parts = _group_size(group)
-    gather = _layout(x, gather_dim, gather_outer, gather_sizes, gather_granules, parts)
+    gather = _layout(x, gather_dim, gather_outer, gather_sizes, gather_granules, gather_windows, parts)
     dim = _dimension(x, head_dim)
     _check_distinct(x, gather.dim, dim)
     heads = _KVHeads(x.shape[dim], query_heads, parts)

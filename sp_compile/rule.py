@@ -140,6 +140,10 @@ class LocalOp(Protocol):
         """`value` with `fill` in the rows that are padding."""
         ...
 
+    def refill_padding(self, value: fx.Node, placement: Sharded) -> fx.Node:
+        """`value` with a real row in the rows that are padding."""
+        ...
+
     def all_reduce(self, value: fx.Node, kind: str = "sum") -> fx.Node: ...
 
     def shard(self, value: fx.Node, placement: Sharded) -> fx.Node:
@@ -192,10 +196,23 @@ class OpShardingRule:
     """The argument that repeats the shape of the result, and becomes local with it."""
     bodies: Mapping[str, Body] = field(default_factory=dict)
     """How the op runs on one rank when a factor is sharded, where calling it as it is would be wrong."""
+    windows: Mapping[str, tuple[str, Size, Size]] = field(default_factory=dict)
+    """A factor of the result that is one of an operand without some first and some last rows, which stay in place."""
+    rather: OpShardingRule | None = None
+    """Another reading of the op, with factors of other names, that is followed where the shards allow it."""
+    otherwise: OpShardingRule | None = None
+    """Another reading of the op, that is followed where this one cannot be."""
 
     def follow(self, operand: int, placements: Sequence[Placement]) -> OpSharding | None:
         """The op on the shards that operand `operand` comes in, or None if it cannot run so."""
-        return self.run_on(self._cut(self.operands[operand], placements[operand], placements))
+        preferred = self.rather.follow(operand, placements) if self.rather else None
+        sharding = preferred or self.run_on(self._cut(self.operands[operand], placements[operand], placements))
+        return sharding or (self.otherwise.follow(operand, placements) if self.otherwise else None)
+
+    def body(self, sharding: OpSharding) -> Body | None:
+        """How the op runs on one rank, if it cannot be called as it is."""
+        readings = [each for each in (self, self.rather, self.otherwise) if each is not None]
+        return next((each.bodies[sharding.factor] for each in readings if sharding.factor in each.bodies), None)
 
     def follow_result(self, result: int, placement: Placement, placements: Sequence[Placement]) -> OpSharding | None:
         """The op that makes result `result` with that placement, or None."""
@@ -219,11 +236,13 @@ class OpShardingRule:
         return tuple(self._place(dims, cut) if cut else None for dims in self.operands)
 
     def borrowable(self, operand: int) -> tuple[tuple[str, int], ...]:
-        """The (factor, dimension) pairs of an operand that pass through and are a dimension of their own there."""
+        """The (factor, dimension) pairs of an operand that pass through and are alone there, or beside whole ones."""
         return tuple(
-            (dim[0], index)
+            (passing[0], index)
             for index, dim in enumerate(self.operands[operand])
-            if isinstance(dim, tuple) and len(dim) == 1 and dim[0] not in self.need_replication and self._made(dim[0])
+            if isinstance(dim, tuple)
+            and len(passing := [factor for factor in dim if factor not in self.need_replication]) == 1
+            and self._made(passing[0])
         )
 
     def _made(self, factor: str) -> bool:
@@ -234,6 +253,11 @@ class OpShardingRule:
         if not cut or not self.need_replication.isdisjoint(cut):
             return None
         factor = next(iter(cut))
+        for made, (source, low, high) in self.windows.items():
+            window = cut[source].cropped(low, high) if source in cut else None
+            if window is None:
+                return None
+            cut = {**cut, made: window}
         if not any(self._made(each) or each in self.bodies for each in cut):
             return None
         operands = tuple(self._place(dims, cut) for dims in self.operands)

@@ -9,7 +9,8 @@ segment, in order. Five rows on two ranks, granule 1 (`.` is padding, a repetiti
     rank 1    3 4 .
 
 After `[S, B, C] -> [S*B, C]` the granule is B, for the B rows of one token stay together; after `[B, S, C] -> [B*S, C]`
-`outer` is B. Two streams laid end to end by `cat` are two segments, and stay where they were.
+`outer` is B. Two streams laid end to end by `cat` are two segments, and stay where they were. `x[:, 1:]` of such rows
+stays where it was, too: a *window* of them, one row after the first, whose blocks are those of the five rows.
 
 Sizes are ints, or sympy expressions of Dynamo's symbols: nothing here ever asks whether P divides a size.
 """
@@ -78,10 +79,33 @@ def block_size(size: Size, granule: Size, parts: int) -> Size:
 
 @dataclass(frozen=True)
 class Segment:
-    """One stream along a sharded dimension: `size` rows, of which `granule` in a row stay on one rank."""
+    """One stream along a sharded dimension: `size` rows, of which `granule` in a row stay on one rank.
+
+    A window has `before` and `after` rows that are no longer there, but had their place when blocks were cut.
+    """
 
     size: Size
     granule: Size = 1
+    before: Size = 0
+    after: Size = 0
+
+    @property
+    def span(self) -> Size:
+        """The rows that blocks are cut of."""
+        return size_of(self.before + self.size + self.after)
+
+    def cropped(self, low: Size, high: Size) -> Segment:
+        """Without its first `low` and last `high` rows."""
+        size = size_of(self.size - low - high)
+        return Segment(size, self.granule, size_of(self.before + low), size_of(self.after + high))
+
+    def __str__(self) -> str:
+        rows = str(self.size) if self.granule == 1 else f"{self.size}/{self.granule}"
+        return rows if self.span == self.size else f"{rows}[{self.before}:-{self.after}]"
+
+
+def _fields(segment: Segment) -> tuple[Size, Size, Size, Size]:
+    return segment.size, segment.granule, segment.before, segment.after
 
 
 @dataclass(frozen=True)
@@ -98,13 +122,13 @@ class Layout:
 
     def local_size(self, parts: int) -> Size:
         """The size on each of `parts` ranks, padding included."""
-        blocks = [block_size(segment.size, segment.granule, parts) for segment in self.segments]
+        blocks = [block_size(segment.span, segment.granule, parts) for segment in self.segments]
         return product([self.outer, size_of(sympy.Add(*blocks))])
 
     def scaled(self, left: Size, right: Size) -> Layout:
         """The layout of `(left this right)`, this being one factor of a larger dimension."""
-        segments = tuple(Segment(product([s.size, right]), product([s.granule, right])) for s in self.segments)
-        return Layout(segments, product([left, self.outer]))
+        segments = (Segment(*(product([x, right]) for x in _fields(s))) for s in self.segments)
+        return Layout(tuple(segments), product([left, self.outer]))
 
     def within(self, left: Size, size: Size, right: Size) -> Layout | None:
         """The inverse of `scaled`: the layout of the middle factor, or None where block boundaries do not agree."""
@@ -113,16 +137,52 @@ class Layout:
             return None
         segments = []
         for segment in self.segments:
-            rows, granule = exact_quotient(segment.size, right), exact_quotient(segment.granule, right)
-            if rows is None or granule is None:
+            fields = [quotient for x in _fields(segment) if (quotient := exact_quotient(x, right)) is not None]
+            if len(fields) < 4:
                 return None
-            segments.append(Segment(rows, granule))
+            segments.append(Segment(*fields))
         layout = Layout(tuple(segments), outer)
         return layout if layout.size == size else None
 
+    def cropped(self, low: Size, high: Size) -> Layout | None:
+        """Without the first `low` and last `high` rows; None if it is not known in which segments they lie."""
+        found = self.crop(low, high)
+        if found is None:
+            return None
+        first, last, low, high = found
+        kept = list(self.segments[first:last])
+        kept[0] = kept[0].cropped(low, 0)
+        kept[-1] = kept[-1].cropped(0, high)
+        return Layout(tuple(kept))
+
+    def crop(self, low: Size, high: Size) -> tuple[int, int, Size, Size] | None:
+        """The first and last (excluded) segment that are left, and how many rows to cut off those."""
+        front, back = _whole_segments(self.segments, low), _whole_segments(self.segments[::-1], high)
+        if self.outer != 1 or front is None or back is None or front[0] + back[0] >= len(self.segments):
+            return None
+        return front[0], len(self.segments) - back[0], front[1], back[1]
+
     def __str__(self) -> str:
-        rows = "+".join(str(s.size) if s.granule == 1 else f"{s.size}/{s.granule}" for s in self.segments)
+        rows = "+".join(map(str, self.segments))
         return rows if self.outer == 1 else f"{self.outer}x({rows})"
+
+
+def _whole_segments(segments: Sequence[Segment], rows: Size) -> tuple[int, Size] | None:
+    """How many whole segments the first `rows` rows are, and how many rows of the next; None if it is not known."""
+    for at, segment in enumerate(segments):
+        if rows == 0:
+            return at, 0
+        if rows == segment.size:
+            rows = 0
+        elif at == len(segments) - 1:
+            return at, rows
+        elif not isinstance(rows, int) or not isinstance(segment.size, int):
+            return None
+        elif rows < segment.size:
+            return at, rows
+        else:
+            rows -= segment.size
+    return len(segments), 0
 
 
 def whole_layout(size: Size, granule: Size = 1) -> Layout:

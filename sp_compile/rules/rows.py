@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from ..rule import Dim, LocalOp, OpCall, OpShardingRule
 from ..sharding import Sharded, Size, size_of
 from .dims import broadcast_factors, fit, plain, wrap
 from .registry import rule
-from .views import joined_slice
+from .views import joined_slice, window_slice
 
 aten = torch.ops.aten
 
@@ -97,7 +98,7 @@ def select_rule(call: OpCall) -> OpShardingRule | None:
 
 @rule(aten.slice.Tensor)
 def slice_rule(call: OpCall) -> OpShardingRule | None:
-    """Few rows are summed, streams are cut, and other slices need the dimension whole."""
+    """Streams are cut, few rows are summed, others stay where they are; a step needs the dimension whole."""
     result = call.results[0]
     assert result is not None
     shape, dims = call.operands[0].shape, plain(call.operands[0].shape)
@@ -109,15 +110,18 @@ def slice_rule(call: OpCall) -> OpShardingRule | None:
     if call["step"] != 1 or low is None or kept == 0:
         made = [*dims[:at], ("t",) if kept != 1 else (), *dims[at + 1 :]]
         return fit(call, [dims], [made], need_replication=frozenset({f"d{at}", "t"}))
+    high = size_of(size - low - kept)
+    streams = joined_slice(call, at, low, kept, high)
     if not isinstance(kept, int) or kept > FEW_ROWS:
-        return joined_slice(call, at, low, kept, size_of(size - low - kept))
+        return replace(streams, otherwise=window_slice(call, at, low, high))
     first, count = low, kept
 
     def rows(local: LocalOp) -> fx.Node:
         return _few_rows(local, at, first, count)
 
     made = [*dims[:at], (), *dims[at + 1 :]]
-    return fit(call, [dims], [made], movement=True, bodies={f"d{at}": rows})
+    few = fit(call, [dims], [made], movement=True, bodies={f"d{at}": rows})
+    return replace(few, rather=streams)
 
 
 def _names(dim: Dim) -> tuple[str, ...]:

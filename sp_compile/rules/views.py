@@ -258,6 +258,26 @@ def joined_slice(call: OpCall, at: int, low: Size, kept: Size, high: Size) -> Op
     return fit(call, [operand], [made], sizes, movement=True, bodies=dict.fromkeys(sizes, cut))
 
 
+def window_slice(call: OpCall, at: int, low: Size, high: Size) -> OpShardingRule:
+    """`s -> w`: the rows that are kept stay on their ranks; the others become padding."""
+    dims = plain(call.operands[0].shape)
+    dims[at] = ("s",)
+
+    def cut(local: LocalOp) -> fx.Node:
+        (placement,), (window,) = local.operands, local.results
+        assert isinstance(placement, Sharded) and isinstance(window, Sharded)
+        found = placement.layout.crop(low, high)
+        assert found is not None
+        segments = placement.layout.segments
+        start = Layout(segments[: found[0]]).local_size(local.parts)
+        end = size_of(start + Layout(segments[found[0] : found[1]]).local_size(local.parts))
+        rows = local.emit(aten.slice.Tensor, local.operand(0), at, local.size(start), local.size(end))
+        return local.refill_padding(rows, window)
+
+    made: list[Dim] = [*dims[:at], ("w",), *dims[at + 1 :]]
+    return fit(call, [dims], [made], movement=True, bodies={"s": cut}, windows={"w": ("s", low, high)})
+
+
 @rule(aten.constant_pad_nd.default)
 def pad_rule(call: OpCall) -> OpShardingRule | None:
     """`s -> [lo | s | hi]`: each rank makes its own block of the padding; negative padding needs the rows whole."""
