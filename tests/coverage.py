@@ -33,7 +33,7 @@ from sp_compile.plan import ShardingPlan
 from sp_compile.rules.registry import has_rule
 
 from .equivalence import differences, run_simulated, step
-from .zoo import ZOO, Model, build
+from .zoo import OPTIONS, ZOO, Model, build
 
 PARTS = 2
 
@@ -118,7 +118,7 @@ def measure(model: Model, attention: str) -> Coverage:
     total = contractions_of(alone, inputs)
     known = {each.name for each in (*rewritten_graphs(), *unsharded_graphs())}
     torch.manual_seed(1)
-    got, rewritten = run_simulated(module, (), inputs, PARTS)
+    got, rewritten = run_simulated(module, (), inputs, PARTS, OPTIONS)
     unsharded = tuple(each for each in unsharded_graphs() if each.name not in known)
     captured = [graph.captured for graph in rewritten] + [e.graph_module for e in unsharded if e.plan is not None]
     counted = sum(contraction_flops(node) for each in captured for node in each.graph.nodes)

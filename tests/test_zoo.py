@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from .equivalence import Step, differences, run_simulated, step
-from .zoo import ZOO, Model, build
+from .zoo import OPTIONS, ZOO, Model, build
 
 PARTS = (2, 3, 4)
 VARIANTS = [(name, attention) for name, model in ZOO.items() for attention in model.attentions]
@@ -25,7 +25,7 @@ def assert_right(name: str, attention: str, parts: int) -> None:
     expected = on_one_device(model, attention)
     module = build(model, attention, model.short)
     torch.manual_seed(1)
-    got, _ = run_simulated(module, (), model.inputs(model.short), parts)
+    got, _ = run_simulated(module, (), model.inputs(model.short), parts, OPTIONS)
     errors = differences(expected, got, parts)
     wrong = {which: error for which, error in errors.items() if not error <= model.tolerance}
     assert not wrong, f"P={parts}: {wrong}"
@@ -62,5 +62,5 @@ def test_another_model_is_noticed(name: str) -> None:
     module = build(model, "sdpa", model.short)
     with torch.no_grad():
         max(module.parameters(), key=torch.numel).mul_(1 + 1e-4)
-    got, _ = run_simulated(module, (), model.inputs(model.short), 2)
+    got, _ = run_simulated(module, (), model.inputs(model.short), 2, OPTIONS)
     assert max(differences(expected, got, 2).values()) > model.tolerance
