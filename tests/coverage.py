@@ -258,6 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--overloads", action="store_true", help="overloads without a rule, and fallbacks")
     options = parser.parse_args(arguments)
     torch._logging.set_logs(all=logging.ERROR)
+    logging.getLogger("sp_compile").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     results = []
@@ -268,16 +269,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(" | ".join(row(results[-1])), *explain(results[-1]), sep="\n", flush=True)
     if options.overloads:
         overloads(results)
-    else:
-        print(
-            tabulate(
-                map(row, results),
-                COLUMNS,
-                tablefmt="github" if options.markdown else "simple",
-                disable_numparse=True,
-                colalign=("left",) * 4 + ("right",) * (len(COLUMNS) - 4),
-            )
+        return
+    print(
+        tabulate(
+            map(row, results),
+            COLUMNS,
+            tablefmt="github" if options.markdown else "simple",
+            disable_numparse=True,
+            colalign=("left",) * 4 + ("right",) * (len(COLUMNS) - 4),
         )
+    )
 
 
 if __name__ == "__main__":

@@ -54,13 +54,12 @@ def test_the_zoo_is_broad() -> None:
     assert len(set(families)) == 8
 
 
-@pytest.mark.parametrize("name", ["llama", "t5", "flux"])
-def test_another_model_is_noticed(name: str) -> None:
-    """A planted wrong: one weight differs by a millionth of its own size, or not at all in the second run."""
-    model = ZOO[name]
+def test_another_weight_is_noticed() -> None:
+    """A planted wrong: the ranks' model has one weight that is 1e-4 larger."""
+    model = ZOO["gpt2"]
     expected = on_one_device(model, "sdpa")
     module = build(model, "sdpa", model.short)
     with torch.no_grad():
-        max(module.parameters(), key=torch.numel).mul_(1 + 1e-4)
+        module.get_parameter("transformer.h.1.mlp.c_fc.weight").mul_(1 + 1e-4)
     got, _ = run_simulated(module, (), model.inputs(model.short), 2, OPTIONS)
     assert max(differences(expected, got, 2).values()) > model.tolerance
