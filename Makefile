@@ -12,17 +12,21 @@ INSTALLED := $(VENV)/installed-$(TORCH)
 export OMP_NUM_THREADS := 1
 export TORCHINDUCTOR_COMPILE_THREADS := 1
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast test-all lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/print_graph.py
 	$(BIN)/python examples/quickstart.py
 
 test: test-fast
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not full"
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow" -n 2
+	$(BIN)/python -m pytest -m "not slow and not full" -n 2
+
+# Also every model with every attention implementation and every P.
+test-all: test
+	$(BIN)/python -m pytest -m full -n 2
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from torch._subclasses import FakeTensorMode
 
 from .capture import CapturedGraph, capture
 from .config import SequenceParallelConfig
-from .debug import RewrittenGraph, record
+from .debug import RewrittenGraph, record, record_unsharded
 from .errors import CaptureError, FallbackError, user_line
 from .graph import GraphRules
 from .group import current_epoch, rank_tensor, resolve_group
@@ -80,6 +80,7 @@ def _compile(
         if config.strict:
             raise FallbackError(f"{error}; without strict=True this graph runs unsharded") from error
         log.warning("a graph runs unsharded: %s", error)
+        record_unsharded(gm, None, str(error))
         return _compile_inner(config, gm, example_inputs)
     rules = GraphRules(captured.graph_module.graph)
     sites = find_attention(rules)
@@ -87,6 +88,7 @@ def _compile(
     plan = propagate(rules, sites, mixers, group.size(), config.attention)
     _report(plan.fallbacks, config.strict)
     if not plan.shards:
+        record_unsharded(captured.graph_module, plan, "nothing to shard")
         return _compile_inner(config, gm, example_inputs)
     sharded = insert_collectives(captured.graph_module, rules, plan, group.group_name, config)
     _set_local_values(sharded.graph_module, captured)

@@ -1,20 +1,39 @@
-"""What a rewritten graph moves: its collectives, in order, with the bytes that each rank receives.
+"""What a graph moves, computes and holds: bytes received per rank, floating-point operations, peak bytes.
 
-Own block and padding excluded, for a value of `n` bytes in all on P ranks (DESIGN, "What a layer moves"):
+Received, own block and padding excluded, for a value of `n` bytes in all on P ranks (DESIGN, "What a layer moves"):
 
     all_to_all                  n (P - 1) / P^2      from one dimension to another
     all_to_all_kv               m n / G (P - 1) / P  m of G KV heads, as many as the neediest rank reads
     all_gather                  n (P - 1) / P
     all_reduce, select_rows     2 n (P - 1) / P      the ring of Rabenseifner (2004): reduce-scatter and all-gather
+
+Computed, in floating-point operations:
+
+    contractions, convolutions, attention   as `torch.utils.flop_counter` counts them; masks take nothing off
+    softmax, normalisation, cross-entropy   5 an element of the operand
+    scans and other reductions              1 an element of the operand
+    other pointwise ops                     1 an element of the result
+    views, copies, casts, look-ups          0
+
+Symbolic sizes count as they were at compile time.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from .graph import GraphRules, operand_nodes
+from .plan import ShardingPlan
+
+aten = torch.ops.aten
 
 # The position of the first argument of the layout along which the value is whole before or after.
 _SHARDED = {"all_to_all": 1, "all_to_all_kv": 2, "all_gather": 2}
@@ -31,7 +50,7 @@ class Collective:
     source: str
     """The node that it moves."""
     bytes: int
-    """What each rank receives, own block and padding excluded; symbolic sizes as they were at compile time."""
+    """What each rank receives, own block and padding excluded."""
 
 
 def collectives(graph: fx.Graph, parts: int) -> tuple[Collective, ...]:
@@ -68,11 +87,150 @@ def _heads_read(query_heads: int, kv_heads: int, parts: int) -> int:
     return max(map(len, read))
 
 
+# Floating-point operations
+
+_NORMALISED = {
+    aten.softmax,
+    aten._softmax,
+    aten.log_softmax,
+    aten._log_softmax,
+    aten.layer_norm,
+    aten.native_layer_norm,
+    aten.rms_norm,
+    aten.group_norm,
+    aten.native_group_norm,
+    aten.instance_norm,
+    aten.batch_norm,
+    aten._native_batch_norm_legit_functional,
+    aten.cross_entropy_loss,
+}
+_SCANS = {aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin}
+_COPIES = {aten.clone, aten.copy, aten.fill}
+
+
+def _grouped_mm(left: Sequence[int], right: Sequence[int], *rest: Any, **named: Any) -> int:
+    """Rows of one operand, in groups, times the matrix of each group; or groups of the contracted dimension."""
+    batch = left[0] if len(left) == len(right) == 3 else 1
+    return 2 * batch * left[-2] * left[-1] * right[-1]
+
+
+_FORMULAS = {aten._grouped_mm: _grouped_mm}
+"""What torch's own registry lacks; `torch.utils.flop_counter.register_flop_formula` adds an op of yours."""
+
+
+@dataclass(frozen=True)
+class PlannedFlops:
+    """The floating-point operations of one forward of a captured graph, by how the plan runs them.
+
+    Only work on activations counts: what is made of parameters alone, and integer, mask and position arithmetic, is
+    the same few operations on every rank by design.
+    """
+
+    sharded: int
+    """Each rank does its part."""
+    whole: int
+    """Every rank does all of it."""
+
+    @property
+    def coverage(self) -> float:
+        """The share that is sharded; 1 where there is nothing to do."""
+        return self.sharded / (self.sharded + self.whole) if self.sharded + self.whole else 1.0
+
+
+def planned_flops(rules: GraphRules, plan: ShardingPlan) -> PlannedFlops:
+    """The work of a captured graph, split by the plan."""
+    counts = {True: 0, False: 0}
+    for node in rules.graph.nodes:
+        if rules.is_activation(node) and rules.varies(node):
+            own = plan.nodes.get(node)
+            counts[own is not None and own.sharding is not None] += flops(node)
+    return PlannedFlops(sharded=counts[True], whole=counts[False])
+
+
+def flops(node: fx.Node) -> int:
+    """The floating-point operations of one node, on the shapes of its `meta["val"]`."""
+    target = node.target
+    values = [each for each in pytree.tree_leaves(node.meta.get("val")) if isinstance(each, torch.Tensor)]
+    operands = operand_nodes(node) if isinstance(target, torch._ops.OpOverload) else ()
+    if not operands or not any(each.is_floating_point() for each in values):
+        return 0
+    assert isinstance(target, torch._ops.OpOverload)
+    if target.overloadpacket in _NORMALISED:
+        return 5 * _numel(operands[0].meta["val"])
+    if target.overloadpacket in _SCANS or torch.Tag.reduction in target.tags:
+        return _numel(operands[0].meta["val"])
+    if torch.Tag.pointwise in target.tags:
+        return 0 if target.overloadpacket in _COPIES else _numel(values[0])
+    return contraction_flops(node)
+
+
+def contraction_flops(node: fx.Node) -> int:
+    """What attention, a product of matrices or a convolution takes; 0 for any other node.
+
+    Counted on the meta device, in what the op decomposes to.
+    """
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace == "sp" or not operand_nodes(node):
+        return 0
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+    if not composite and target.overloadpacket not in (*flop_registry, *_FORMULAS):
+        return 0
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: _like(operand.meta["val"]))
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+        target(*args, **{name: "meta" if name == "device" else value for name, value in kwargs.items()})
+    return int(counter.get_total_flops())
+
+
+def _like(value: Any) -> Any:
+    def on_meta(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return torch.empty([_int(size) for size in leaf.shape], dtype=leaf.dtype, device="meta")
+        return _int(leaf) if isinstance(leaf, torch.SymInt) else leaf
+
+    return pytree.tree_map(on_meta, value)
+
+
+# Memory
+
+
+def peak_activation_bytes(graph: fx.Graph) -> int:
+    """The most bytes that the values of a graph take at once, each freed after its last use; inputs do not count.
+
+    Views take none: values are told apart by their storage.
+    """
+    sizes: dict[int, int] = {}
+    last: dict[int, fx.Node] = {}
+    inputs: set[int] = set()
+    for node in graph.nodes:
+        for each in (node, *node.all_input_nodes):
+            for storage in _storages(each):
+                last[storage._cdata] = node
+                if each.op in ("placeholder", "get_attr"):
+                    inputs.add(storage._cdata)
+                sizes[storage._cdata] = _int(storage.nbytes())
+    held = peak = 0
+    seen = set(inputs)
+    for node in graph.nodes:
+        made = {storage._cdata for storage in _storages(node)} - seen
+        seen |= made
+        held += sum(sizes[each] for each in made)
+        peak = max(peak, held)
+        used = {storage._cdata for each in (node, *node.all_input_nodes) for storage in _storages(each)}
+        held -= sum(sizes[each] for each in used - inputs if last[each] is node)
+    return peak
+
+
+def _storages(node: fx.Node) -> list[torch.UntypedStorage]:
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return [leaf.untyped_storage() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def _numel(value: torch.Tensor) -> int:
+    return math.prod(map(_int, value.shape))
+
+
 def _bytes(value: torch.Tensor) -> int:
-    size = value.element_size()
-    for each in value.shape:
-        size *= _int(each)
-    return size
+    return value.element_size() * _numel(value)
 
 
 def _int(size: Any) -> int:

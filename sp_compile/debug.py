@@ -52,13 +52,36 @@ class RewrittenGraph:
         return self.stages[-1][1]
 
 
+@dataclass(frozen=True)
+class UnshardedGraph:
+    """One graph that runs as Dynamo gave it."""
+
+    name: str
+    graph_module: fx.GraphModule
+    """In ATen ops if it was captured, else Dynamo's."""
+    plan: ShardingPlan | None
+    """A plan that shards nothing; None: the graph was not captured."""
+    reason: str
+
+
 _rewritten: deque[RewrittenGraph] = deque(maxlen=256)
+_unsharded: deque[UnshardedGraph] = deque(maxlen=256)
 _numbers = itertools.count()
 
 
 def rewritten_graphs() -> list[RewrittenGraph]:
     """The graphs that `sp_backend` rewrote in this process, in order; the last 256 of them."""
     return list(_rewritten)
+
+
+def unsharded_graphs() -> list[UnshardedGraph]:
+    """The graphs that `sp_backend` left as they are, on more than one rank; the last 256 of them."""
+    return list(_unsharded)
+
+
+def record_unsharded(graph_module: fx.GraphModule, plan: ShardingPlan | None, reason: str) -> None:
+    """Keep a graph that is not rewritten."""
+    _unsharded.append(UnshardedGraph(f"graph_{next(_numbers)}", graph_module, plan, reason))
 
 
 def record(
