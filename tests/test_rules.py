@@ -63,7 +63,7 @@ def test_what_is_whole_says_why() -> None:
         for target, samples in CASES.items()
         if any(sample.rule and sample.rule.need_replication & set(sample.rule.sizes) for sample in samples)
     }
-    assert whole == {target for target in _WHOLE if target.namespace == "aten"}
+    assert whole == {target for target in _WHOLE if target.namespace == "aten"} - UNCHECKED
 
 
 @pytest.mark.parametrize(

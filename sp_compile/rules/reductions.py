@@ -182,7 +182,7 @@ def variance_rule(call: OpCall) -> OpShardingRule | None:
     There the mean needs no gradient: the sum of `x - mean` is 0.
     """
     dims, keepdim, dtype = _reduced(call)
-    if dtype.is_complex:
+    if call.operands[0].dtype.is_complex:
         return reduction_rule(call, dims, keepdim, None)
     wide = widened_dtype(dtype)
     correction = 1 if call["correction"] is None else call["correction"]

@@ -54,6 +54,11 @@ def cases() -> Iterator[Case]:
         yield case(aten.nansum.default, holes, [0], keepdim)
         for target in (aten.var_mean.correction, aten.std_mean.correction):
             yield case(target, far(3, 5, 7), [1], correction=0, keepdim=keepdim)
+            yield case(target, torch.complex(f(5, 7), f(5, 7)), [1], keepdim=keepdim)
+        for target in (aten.var.correction, aten.std.correction):
+            yield case(target, torch.complex(f(5, 7), f(5, 7)), [1], keepdim=keepdim)
+        yield case(aten.logsumexp.default, ids(9, 5, 7), [0], keepdim)
+        yield case(aten.amin.default, bools(5, 7), [0], keepdim)
         for order in (1, 2, 3, float("inf")):
             yield case(aten.linalg_vector_norm.default, zeros, order, [1], keepdim)
             yield case(aten.norm.ScalarOpt_dim, zeros, order, [0], keepdim)
@@ -68,6 +73,8 @@ def cases() -> Iterator[Case]:
     yield case(aten.linalg_vector_norm.default, f(5, 7))
     yield case(aten.norm.ScalarOpt_dim, f(5, 7), None, [0])
     yield case(aten.var_mean.correction, f(3, 5, 7))
+    for target in (aten.max.default, aten.min.default):
+        yield case(target, bools(5, 7))
     yield case(aten.all.default, torch.ones(5, 7))
     yield case(aten.any.default, torch.zeros(5, 7))
     yield case(aten.count_nonzero.default, ids(2, 5, 7), 0)
