@@ -78,8 +78,6 @@ def convolution_rule(call: OpCall) -> OpShardingRule | None:
     sizes: dict[str, Size] = {"g": groups, "i": weight.shape[1], "o": depth}
     if transposed:
         sizes |= {"i": depth, "o": weight.shape[1]}
-        if any(amount != 0 for amount in per_dim(call["output_padding"], spatial)):
-            return _fit_convolution(call, sizes, transposed, [False] * spatial)
     windows = _windows(call, weight.shape[2:])
     lengths = zip(x.shape[-spatial:], result.shape[-spatial:], strict=True)
     ends = [(long, short) if not transposed else (short, long) for long, short in lengths]

@@ -32,6 +32,10 @@ def cases() -> Iterator[Case]:
     yield case(aten.conv1d.default, f(2, 3, 11), f(5, 3, 1), f(5), dilation=[2])
     yield case(aten.conv1d.default, f(2, 3, 12), f(5, 3, 2), f(5), [2], [0], [2])
     yield case(aten.conv1d.default, f(2, 3, 14), f(5, 3, 2), None, [2], [1])
+    # As many windows as if they lay side by side.
+    yield case(aten.conv1d.default, f(2, 3, 12), f(5, 3, 3), None, [3], [1])
+    yield case(aten.conv1d.default, f(2, 3, 6), f(5, 3, 3), None, [2])
+    yield case(aten.max_pool2d_with_indices.default, f(2, 3, 8, 6), [2, 1], [2, 1], [0, 0], [2, 1], True)
     yield case(aten.conv2d.default, f(2, 6, 8, 9), f(4, 3, 2, 3), f(4), [2, 3], groups=2)
     yield case(aten.conv2d.default, f(2, 3, 8, 9), f(5, 3, 2, 2), f(5), [2, 1])
     yield case(aten.conv1d.padding, f(2, 3, 11), f(5, 3, 1), f(5), [1], "same")

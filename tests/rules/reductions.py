@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .brute_force import Case, aten, bools, case, constant, f, far, ids
+from .brute_force import Case, aten, bools, case, constant, f, far, ids, positive
 
 
 def cases() -> Iterator[Case]:
@@ -27,6 +27,10 @@ def cases() -> Iterator[Case]:
             yield case(target, far(3, 5, 7), [1], correction=0, keepdim=keepdim)
             yield case(target, f(3, 5, 7))
         yield case(aten.logsumexp.default, f(3, 5, 7) + 50, [1, 2], keepdim)
+        # `exp` of it is 0: a padding of 0 would be the greatest row.
+        yield constant(case(aten.logsumexp.default, f(3, 5, 7) - 1000, [1, 2], keepdim), 0)
+        # The sum is beyond the largest half, the mean is not.
+        yield case(aten.mean.dim, (30000 * positive(5, 7)).half(), [0], keepdim)
         for target in (
             aten.all.dim,
             aten.any.dim,
