@@ -15,6 +15,8 @@ def cases() -> Iterator[Case]:
     yield case(aten.index.Tensor, f(5, 11, 7), [None, ids(11, 2, 3)])
     yield case(aten.index.Tensor, f(5, 11, 7, 2), [None, ids(11, 3, 1), ids(7, 13)])
     yield case(aten.index.Tensor, f(5, 11, 7), [ids(5, 3), None, ids(7, 1)])
+    # Indices apart, and not from the first dimension on: theirs comes first.
+    yield case(aten.index.Tensor, f(2, 5, 3, 7), [None, ids(5, 11), None, ids(7, 11)])
     yield case(aten.index_select.default, f(5, 11, 7), -2, ids(11, 3))
     yield case(aten.gather.default, f(5, 11), 1, ids(11, 5, 3))
     yield case(aten.gather.default, f(5, 11, 7), -2, ids(11, 3, 2, 7))
@@ -60,6 +62,7 @@ def cases() -> Iterator[Case]:
         yield case(target, f(2, 11, 3), [None, distinct(5, of=11, dim=0)], f(3))
         yield case(target, f(5, 11, 3, 2), [None, ids(11, 7, 1), ids(3, 13)], f(7, 1, 2), True)
         yield case(target, f(5, 11, 3), [ids(5, 7), None, ids(3, 1)], f(7, 11), True)
+        yield case(target, f(2, 5, 3, 7), [None, ids(5, 11), None, ids(7, 11)], f(11, 2, 3), True)
     yield case(aten.index_put.default, f(2, 5, 3), [bools(2, 5)], f(3))
     yield case(aten.index_put.default, f(2, 5, 3), [None, bools(5)], f(2, 1, 3), True)
     yield case(aten.index_put.default, f(2, 5, 3), [bools(2, 5, 3)], f())
