@@ -420,6 +420,9 @@ class _GraphOp:
         reduced = self.emit(torch.ops.sp.all_reduce.default, value, kind, self._writer.group)
         return self._writer._named(reduced, f"all_reduce_{self._writer.current}")
 
+    def replicate(self, value: fx.Node) -> fx.Node:
+        return self.emit(torch.ops.sp.replicate.default, value, self._writer.group)
+
     def shard(self, value: fx.Node, placement: Sharded) -> fx.Node:
         return self._writer._on_dim(torch.ops.sp.shard.default, value, placement)
 

@@ -146,6 +146,10 @@ class LocalOp(Protocol):
 
     def all_reduce(self, value: fx.Node, kind: str = "sum") -> fx.Node: ...
 
+    def replicate(self, value: fx.Node) -> fx.Node:
+        """A replicated value made here, such as a reduced one, on its way into sharded work."""
+        ...
+
     def shard(self, value: fx.Node, placement: Sharded) -> fx.Node:
         """This rank's block of a replicated value."""
         ...

@@ -1,6 +1,23 @@
 """ATen overload -> op sharding rule: `rule_for`, `stays_whole`, and `register_sharding_rule` for a user's own ops."""
 
-from . import attention, contractions, losses, normalisation, pointwise, random, reductions, rows, views  # noqa: F401
+from . import (  # noqa: F401
+    attention,
+    batch_norm,
+    contractions,
+    convolutions,
+    images,
+    linalg,
+    lookup,
+    losses,
+    normalisation,
+    pointwise,
+    pooling,
+    random,
+    reductions,
+    rows,
+    scatter,
+    views,
+)
 from .registry import register_sharding_rule, rule_for, stays_whole
 
 __all__ = ["register_sharding_rule", "rule_for", "stays_whole"]

@@ -37,7 +37,10 @@ def _drops(arguments: Mapping[str, Any]) -> bool:
     return bool(arguments.get("dropout_p", 0))
 
 
-@rule(aten.scaled_dot_product_attention.default)
+@rule(
+    aten.scaled_dot_product_attention.default,
+    because="a query weighs all keys by whole dot products: the site borrows the heads, or gathers keys and values",
+)
 def attention_rule(call: OpCall) -> OpShardingRule | None:
     """Batch, heads and queries pass; keys and the head dimension of q and k have to be whole.
 

@@ -1,12 +1,16 @@
-"""The dimensions of one call: negative ones wrapped, a factor for each that is larger than 1."""
+"""What rules and bodies share: the dimensions of a call as factors, and the call itself with other arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..rule import Dim, Factors, OpCall, OpShardingRule, factors_of
-from ..sharding import Size
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ..rule import Dim, Factors, LocalOp, OpCall, OpShardingRule, factors_of
+from ..sharding import Placement, Sharded, Size, size_of
 
 
 def wrap(dims: int | Iterable[int] | None, ndim: int) -> tuple[int, ...]:
@@ -18,6 +22,11 @@ def wrap(dims: int | Iterable[int] | None, ndim: int) -> tuple[int, ...]:
 def plain(shape: Sequence[Size], prefix: str = "d") -> list[Dim]:
     """A factor of its own for every dimension that is larger than 1."""
     return [(f"{prefix}{at}",) if size != 1 else () for at, size in enumerate(shape)]
+
+
+def factors(sizes: Mapping[str, Size], *names: str) -> Factors:
+    """A dimension that is several factors, without those of size 1."""
+    return tuple(name for name in names if sizes[name] != 1)
 
 
 def broadcast_factors(shape: Sequence[Size], result: Sequence[Size]) -> tuple[Factors, ...] | None:
@@ -48,3 +57,21 @@ def fit(
     named = {factor for dims in (*operands, *results) for dim in dims for factor in factors_of(dim)}
     sizes = {factor: size for factor, size in known.items() if factor in named}
     return OpShardingRule(tuple(map(tuple, operands)), tuple(map(tuple, results)), sizes, **extra)
+
+
+def with_arguments(local: LocalOp, **changed: Any) -> fx.Node:
+    """The op on local operands, with other arguments."""
+    given = pytree.tree_map_only(torch.SymInt, lambda size: local.size(size_of(size)), dict(local.call.arguments))
+    arguments = {**given, **changed}
+    arguments |= {name: local.operand(at) for at, name in enumerate(local.call.operand_names)}
+    keywords = [argument.name for argument in local.call.target._schema.arguments if argument.kwarg_only]
+    own = {name: arguments.pop(name) for name in keywords}
+    return local.emit(local.call.target, *arguments.values(), **own)
+
+
+def local_count(local: LocalOp, placement: Placement, count: Size, inner: Size) -> int | fx.Node:
+    """How many of the `count` outer parts of a sharded dimension `(count inner)` a rank has."""
+    assert isinstance(placement, Sharded)
+    layout = placement.layout.within(1, count, inner)
+    assert layout is not None
+    return local.size(layout.local_size(local.parts))

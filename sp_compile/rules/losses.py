@@ -8,7 +8,7 @@ from torch import fx
 from ..rule import Body, Dim, LocalOp, OpCall, OpShardingRule
 from ..sharding import Sharded, product
 from .dims import broadcast_factors, fit, plain
-from .reductions import HALF
+from .reductions import HALF, widened_dtype
 from .registry import rule
 
 aten = torch.ops.aten
@@ -16,7 +16,12 @@ aten = torch.ops.aten
 _NONE, _MEAN, _SUM = 0, 1, 2  # at::Reduction
 
 
-@rule(aten.cross_entropy_loss.default, aten.nll_loss_nd.default, aten.nll_loss.default)
+@rule(
+    aten.cross_entropy_loss.default,
+    aten.nll_loss_nd.default,
+    aten.nll_loss.default,
+    until="sharded classes: the greatest score and a sum of powers over the ranks (vocabulary-parallel)",
+)
 def class_loss_rule(call: OpCall) -> OpShardingRule | None:
     """`n c! …, n …, c! -> n …`, or a scalar. Padded rows take `ignore_index` as their target."""
     scores, target = call.operands[0].shape, call.operands[1].shape
@@ -69,15 +74,10 @@ def _class_index_body(local: LocalOp) -> fx.Node:
         clamped = local.emit(aten.masked_fill.Scalar, target, local.emit(aten.logical_not.default, counted), 0)
         weights = local.emit(aten.index.Tensor, weight, [clamped])
         counted = local.emit(aten.mul.Tensor, weights, counted)
-    count = local.emit(aten.sum.default, local.emit(aten.to.dtype, counted, _wide_dtype(call)))
+    count = local.emit(aten.sum.default, local.emit(aten.to.dtype, counted, widened_dtype(call.operands[0].dtype)))
     sums = local.all_reduce(local.emit(aten.stack.default, [total, count]))
     mean = local.emit(aten.div.Tensor, *(local.emit(aten.select.int, sums, 0, index) for index in range(2)))
     return _narrowed(local, mean)
-
-
-def _wide_dtype(call: OpCall) -> torch.dtype:
-    dtype = call.operands[0].dtype
-    return torch.float32 if dtype in HALF else dtype
 
 
 def _probability_body(local: LocalOp) -> fx.Node:
@@ -102,6 +102,7 @@ def _probability_body(local: LocalOp) -> fx.Node:
     aten.mse_loss.default,
     aten.smooth_l1_loss.default,
     aten.huber_loss.default,
+    aten.soft_margin_loss.default,
     aten.binary_cross_entropy.default,
     aten.binary_cross_entropy_with_logits.default,
 )

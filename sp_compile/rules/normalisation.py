@@ -17,6 +17,7 @@ aten = torch.ops.aten
     aten.native_layer_norm.default,
     aten.rms_norm.default,
     aten._fused_rms_norm.default,
+    until="statistics summed over the ranks, as `group_norm` has them",
 )
 def last_dims_rule(call: OpCall) -> OpShardingRule | None:
     """`... d!, d!, d! -> ... d!, ... 1, ... 1`: weight and bias span the last dimensions, statistics have them as 1."""
@@ -31,28 +32,25 @@ def last_dims_rule(call: OpCall) -> OpShardingRule | None:
     return fit(call, [dims, *[dims[first:]] * (len(call.operands) - 1)], results, need_replication=whole)
 
 
-@rule(aten.group_norm.default, aten.native_group_norm.default)
-def group_norm_rule(call: OpCall) -> OpShardingRule | None:
-    """`n c! …, c!, c! -> n c! …, n g!, n g!`
-
-    For the native one, which is told the batch size, the batch has to be whole as well.
-    """
-    dims = plain(call.operands[0].shape)
-    results = [
-        dims if len(spec.shape) == len(dims) and index == 0 else [dims[0], ("g",) if spec.shape[1] != 1 else ()]
-        for index, spec in enumerate(call.results)
-        if spec is not None
-    ]
-    whole = {"g", *(f"d{at}" for at in range(1, len(dims)))}
-    if call.target is aten.native_group_norm.default:
-        whole.add("d0")
-    return fit(call, [dims, *[[dims[1]]] * (len(call.operands) - 1)], results, need_replication=frozenset(whole))
-
-
 rule(
     aten.softmax.int,
     aten._softmax.default,
     aten.log_softmax.int,
     aten._log_softmax.default,
     aten._safe_softmax.default,
+    because="it mixes all rows; what lies between it and the next contraction is an attention site",
+    until="the greatest row and the sum of powers over the ranks, outside attention",
 )(one_whole_dim_rule)
+
+
+@rule(aten._weight_norm_interface.default, because="a row is divided by its own norm")
+def weight_norm_rule(call: OpCall) -> OpShardingRule | None:
+    """`o i!, o -> o i!, o`"""
+    dims = plain(call.operands[0].shape)
+    whole = frozenset(f"d{at}" for at in range(len(dims)) if at != call["dim"] % len(dims))
+    thin = [
+        [dim if size != 1 else () for dim, size in zip(dims, spec.shape, strict=True)]
+        for spec in (call.operands[1], call.results[1])
+        if spec is not None
+    ]
+    return fit(call, [dims, thin[0]], [dims, thin[1]], need_replication=whole)

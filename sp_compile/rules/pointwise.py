@@ -25,6 +25,8 @@ aten = torch.ops.aten
     aten._prelu_kernel.default,
     aten.complex.default,
     aten.polar.default,
+    aten._conj.default,
+    aten.log_sigmoid.default,
 )
 def pointwise_rule(call: OpCall) -> OpShardingRule | None:
     """`... , ... -> ...` with broadcasting, for any number of operands."""
@@ -64,6 +66,7 @@ def like_rule(call: OpCall) -> OpShardingRule | None:
     aten.new_ones.default,
     aten.new_full.default,
     aten.new_empty.default,
+    because="of the operand only dtype and device matter",
 )
 def new_rule(call: OpCall) -> OpShardingRule | None:
     """`~ -> ...`: only dtype and device of the operand matter; the result has the size that it is told."""
@@ -80,7 +83,7 @@ def new_rule(call: OpCall) -> OpShardingRule | None:
     )
 
 
-@rule(aten.isin.Tensor_Tensor)
+@rule(aten.isin.Tensor_Tensor, because="every value is compared with all tests")
 def isin_rule(call: OpCall) -> OpShardingRule | None:
     """`..., t! -> ...`"""
     elements, tests = call.operands

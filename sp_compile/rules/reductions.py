@@ -17,6 +17,11 @@ aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
 
 
+def widened_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over the ranks are made in: float32 for half types."""
+    return torch.float32 if dtype in HALF else dtype
+
+
 def reduction_rule(call: OpCall, dims: Sequence[int], keepdim: bool, body: Body | None) -> OpShardingRule:
     """`... s -> ...`: without a body the reduced dimensions have to be whole."""
     named = plain(call.operands[0].shape)
@@ -47,19 +52,50 @@ def _reduced(call: OpCall) -> tuple[tuple[int, ...], bool, torch.dtype]:
     return dims, bool(call.arguments.get("keepdim")), result.dtype
 
 
-@rule(aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default)
+@rule(aten.sum.dim_IntList, aten.sum.default, aten.nansum.default, aten.mean.dim, aten.mean.default)
 def sum_rule(call: OpCall) -> OpShardingRule | None:
     """Half types are summed in float32; a mean divides by the global count."""
     dims, keepdim, dtype = _reduced(call)
-    wide = torch.float32 if dtype in HALF else dtype
+    wide = widened_dtype(dtype)
     mean = call.target in (aten.mean.dim, aten.mean.default)
 
     def body(local: LocalOp) -> fx.Node:
-        total = masked_sum(local, local.operand(0), local.operands[0], dims, keepdim, wide)
+        value = local.operand(0)
+        if call.target is aten.nansum.default:
+            value = local.emit(aten.masked_fill.Scalar, value, local.emit(aten.isnan.default, value), 0)
+        total = masked_sum(local, value, local.operands[0], dims, keepdim, wide)
         if mean:
             count = local.size(product([call.operands[0].shape[at] for at in dims]))
             total = local.emit(aten.div.Tensor, total, count)
         return local.emit(aten._to_copy.default, total, dtype=dtype) if wide != dtype else total
+
+    return reduction_rule(call, dims, keepdim, body)
+
+
+@rule(aten.count_nonzero.default, aten.count_nonzero.dim_IntList)
+def count_rule(call: OpCall) -> OpShardingRule | None:
+    """A sum of what is not 0."""
+    dims, keepdim, dtype = _reduced(call)
+
+    def body(local: LocalOp) -> fx.Node:
+        counted = local.emit(aten.ne.Scalar, local.operand(0), 0)
+        return masked_sum(local, counted, local.operands[0], dims, keepdim, dtype)
+
+    return reduction_rule(call, dims, keepdim, body)
+
+
+@rule(aten.all.default, aten.all.dim, aten.all.dims, aten.any.default, aten.any.dim, aten.any.dims)
+def truth_rule(call: OpCall) -> OpShardingRule | None:
+    """A maximum, or a minimum, of 0 and 1."""
+    dims, keepdim, dtype = _reduced(call)
+    kind, reduce, fill = "min", aten.amin.default, 1
+    if call.target in (aten.any.default, aten.any.dim, aten.any.dims):
+        kind, reduce, fill = "max", aten.amax.default, 0
+
+    def body(local: LocalOp) -> fx.Node:
+        truth = local.emit(aten.to.dtype, local.emit(aten.ne.Scalar, local.operand(0), 0), torch.int32)
+        truth = local.mask_padding(truth, local.operands[0], fill)
+        return local.emit(aten.to.dtype, local.all_reduce(local.emit(reduce, truth, list(dims), keepdim), kind), dtype)
 
     return reduction_rule(call, dims, keepdim, body)
 
@@ -72,7 +108,13 @@ def _highest(dtype: torch.dtype) -> float:
     return float("inf") if dtype.is_floating_point else torch.iinfo(dtype).max
 
 
-@rule(aten.amax.default, aten.max.default, aten.amin.default, aten.min.default)
+@rule(
+    aten.amax.default,
+    aten.max.default,
+    aten.amin.default,
+    aten.min.default,
+    until="a maximum of booleans over the ranks",
+)
 def extremum_rule(call: OpCall) -> OpShardingRule | None:
     dims, keepdim, dtype = _reduced(call)
     if dtype == torch.bool or dtype.is_complex:
@@ -116,7 +158,7 @@ def _with_gradient(
     total = local.emit(aten.sum.dim_IntList, local.mask_padding(difference, placement, 0), dims, True)
     attained = local.mask_padding(local.emit(aten.logical_not.default, lost), placement, 0)
     dtype = local.call.operands[0].dtype
-    wide = torch.float32 if dtype in HALF else dtype
+    wide = widened_dtype(dtype)
     count = local.emit(aten.sum.dim_IntList, attained, dims, True, dtype=wide)
     sums = local.all_reduce(local.emit(aten.stack.default, [local.emit(aten.to.dtype, total, wide), count]))
     share = local.emit(
@@ -127,36 +169,76 @@ def _with_gradient(
     return local.emit(aten.add.Tensor, extremum, local.emit(aten.to.dtype, share, dtype))
 
 
-@rule(aten.var.correction, aten.std.correction)
+@rule(
+    aten.var.correction,
+    aten.std.correction,
+    aten.var_mean.correction,
+    aten.std_mean.correction,
+    until="complex numbers: the square of an absolute value",
+)
 def variance_rule(call: OpCall) -> OpShardingRule | None:
     """The mean first, then the mean square of what differs from it: exact where `E[x^2] - E[x]^2` cancels.
 
-    The mean needs no gradient: the sum of `x - mean` is 0.
+    There the mean needs no gradient: the sum of `x - mean` is 0.
     """
     dims, keepdim, dtype = _reduced(call)
-    if dtype.is_complex:
+    if call.operands[0].dtype.is_complex:
         return reduction_rule(call, dims, keepdim, None)
-    wide = torch.float32 if dtype in HALF else dtype
+    wide = widened_dtype(dtype)
     correction = 1 if call["correction"] is None else call["correction"]
 
-    def body(local: LocalOp) -> fx.Node:
+    roots = call.target in (aten.std.correction, aten.std_mean.correction)
+
+    def body(local: LocalOp) -> fx.Node | tuple[fx.Node, ...]:
         value, placement = local.emit(aten.to.dtype, local.operand(0), wide), local.operands[0]
         size = product([call.operands[0].shape[at] for at in dims])
-        total = masked_sum(local, local.emit(aten.detach.default, value), placement, dims, True, wide)
+        total = masked_sum(local, value, placement, dims, True, wide)
         mean = local.emit(aten.div.Tensor, total, local.size(size))
-        square = local.emit(aten.pow.Tensor_Scalar, local.emit(aten.sub.Tensor, value, mean), 2)
+        difference = local.emit(aten.sub.Tensor, value, local.emit(aten.detach.default, mean))
+        square = local.emit(aten.pow.Tensor_Scalar, difference, 2)
         spread = masked_sum(local, square, placement, dims, keepdim, wide)
         variance = local.emit(aten.div.Tensor, spread, local.size(size_of(size - correction)))
-        made = local.emit(aten.sqrt.default, variance) if call.target is aten.std.correction else variance
-        return local.emit(aten.to.dtype, made, dtype)
+        made = local.emit(aten.to.dtype, local.emit(aten.sqrt.default, variance) if roots else variance, dtype)
+        if len(call.results) == 1:
+            return made
+        kept = mean if keepdim else local.emit(aten.squeeze.dims, mean, dims)
+        return made, local.emit(aten.to.dtype, kept, dtype)
 
     return reduction_rule(call, dims, keepdim, body)
 
 
-@rule(aten.logsumexp.default)
+@rule(
+    aten.linalg_vector_norm.default,
+    aten.norm.ScalarOpt_dim,
+    until="a sum of other powers than 1 and 2 over the ranks, and its root",
+)
+def norm_rule(call: OpCall) -> OpShardingRule | None:
+    """`sqrt(sum |x|^2)`, whose gradient at 0 is 0; or `sum |x|`."""
+    dims, keepdim, dtype = _reduced(call)
+    order = call.arguments.get("ord", call.arguments.get("p"))
+    order = 2 if order is None else order
+    if order not in (1, 2) or call.operands[0].dtype.is_complex:
+        return reduction_rule(call, dims, keepdim, None)
+    wide = widened_dtype(dtype)
+
+    def body(local: LocalOp) -> fx.Node:
+        value = local.emit(aten.to.dtype, local.operand(0), wide)
+        if order == 1:
+            total = masked_sum(local, local.emit(aten.abs.default, value), local.operands[0], dims, keepdim, wide)
+        else:
+            square = masked_sum(local, local.emit(aten.square.default, value), local.operands[0], dims, keepdim, wide)
+            zero = local.emit(aten.eq.Scalar, square, 0)
+            root = local.emit(aten.sqrt.default, local.emit(aten.masked_fill.Scalar, square, zero, 1))
+            total = local.emit(aten.masked_fill.Scalar, root, zero, 0)
+        return local.emit(aten.to.dtype, total, dtype)
+
+    return reduction_rule(call, dims, keepdim, body)
+
+
+@rule(aten.logsumexp.default, until="complex numbers, and integers, which become float")
 def logsumexp_rule(call: OpCall) -> OpShardingRule | None:
     dims, keepdim, dtype = _reduced(call)
-    wide = torch.float32 if dtype in HALF else dtype
+    wide = widened_dtype(dtype)
     if not call.operands[0].dtype.is_floating_point:
         return reduction_rule(call, dims, keepdim, None)
 
@@ -175,21 +257,32 @@ def logsumexp_rule(call: OpCall) -> OpShardingRule | None:
 
 
 @rule(
-    aten.all.default,
-    aten.all.dim,
-    aten.all.dims,
-    aten.any.default,
-    aten.any.dim,
-    aten.any.dims,
     aten.argmax.default,
     aten.argmin.default,
     aten.max.dim,
     aten.min.dim,
-    aten.prod.default,
-    aten.prod.dim_int,
-    aten.linalg_vector_norm.default,
+    aten.aminmax.default,
+    until="the extremum over the ranks, and the first place of those that attain it",
 )
+@rule(aten.prod.default, aten.prod.dim_int, until="a product over the ranks")
+@rule(aten.median.dim, aten.nanmedian.dim, aten.mode.default, aten.kthvalue.default, because="rows are ranked by value")
 def whole_reduction_rule(call: OpCall) -> OpShardingRule | None:
     """What is reduced has to be whole."""
     dims, keepdim, _ = _reduced(call)
     return reduction_rule(call, dims, keepdim, None)
+
+
+@rule(aten.cosine_similarity.default, until="three sums over the ranks: of x y, x x and y y")
+def cosine_rule(call: OpCall) -> OpShardingRule | None:
+    """`... c!, ... c! -> ...`, which broadcast."""
+    result = call.results[0]
+    assert result is not None
+    ndim = max(len(spec.shape) for spec in call.operands)
+    (at,) = wrap((call["dim"],), ndim)
+    kept = plain(result.shape)
+    dims: list[Dim] = [*kept[:at], ("c",), *kept[at:]]
+    operands: list[list[Dim]] = []
+    for spec in call.operands:
+        own = dims[ndim - len(spec.shape) :]
+        operands.append([() if size == 1 else dim for dim, size in zip(own, spec.shape, strict=True)])
+    return fit(call, operands, [kept], need_replication=frozenset("c"))

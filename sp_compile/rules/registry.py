@@ -1,8 +1,13 @@
-"""The table of rules. A family file fills it with `@rule(overload, ...)` functions or `rules_from_text({...})`."""
+"""The table of rules. A family file fills it with `@rule(overload, ...)` functions or `rules_from_text({...})`.
+
+A rule with `!` factors says why they have to be whole. `because`: the op mixes what the ranks would hold apart, and to
+shard it would take another algorithm, or move as much. `until`: a local body would shard it, and is yet to be written.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,27 +21,39 @@ RuleFunction = Callable[[OpCall], OpShardingRule | None]
 
 Predicate = Callable[[Mapping[str, Any]], bool]
 
+
+@dataclass(frozen=True)
+class Whole:
+    """Why a rule's `!` factors have to be whole; see the module's docstring."""
+
+    because: str = ""
+    until: str = ""
+
+
 _RULES: dict[OpOverload, RuleFunction] = {}
+_WHOLE: dict[OpOverload, Whole] = {}
 _DECOMPOSED: dict[OpOverload, Predicate] = {}
 
 
-def rule(*targets: OpOverload) -> Callable[[RuleFunction], RuleFunction]:
-    """Register a function from a call to its rule."""
+def rule(*targets: OpOverload, because: str = "", until: str = "") -> Callable[[RuleFunction], RuleFunction]:
+    """Register a function from a call to its rule, and why its `!` factors have to be whole."""
 
     def register(function: RuleFunction) -> RuleFunction:
         for target in targets:
             if target in _RULES:
                 raise RuleError(f"{target} has a sharding rule already")
             _RULES[target] = function
+            if because or until:
+                _WHOLE[target] = Whole(because, until)
         return function
 
     return register
 
 
-def rules_from_text(table: Mapping[OpOverload, str]) -> None:
+def rules_from_text(table: Mapping[OpOverload, str], because: str = "", until: str = "") -> None:
     """Register rules that do not depend on the call's arguments."""
     for target, text in table.items():
-        rule(target)(_from_text(text))
+        rule(target, because=because, until=until)(_from_text(text))
 
 
 def _from_text(text: str) -> RuleFunction:

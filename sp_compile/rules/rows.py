@@ -16,11 +16,13 @@ from .views import joined_slice, window_slice
 
 aten = torch.ops.aten
 
+_ANY_ROW = "an index may choose any row"
+
 FEW_ROWS = 8
 """So many rows of a sharded value are summed over the ranks; more are cut, or gathered."""
 
 
-@rule(aten.embedding.default)
+@rule(aten.embedding.default, because=_ANY_ROW, until="rows that each rank has, summed (vocabulary-parallel)")
 def embedding_rule(call: OpCall) -> OpShardingRule | None:
     """`v! c, ... -> ... c`"""
     weight, indices = call.operands
@@ -30,7 +32,7 @@ def embedding_rule(call: OpCall) -> OpShardingRule | None:
     return fit(call, [[("v",), channels], ids], [[*ids, channels]], need_replication=frozenset("v"))
 
 
-@rule(aten.index.Tensor, aten._unsafe_index.Tensor)
+@rule(aten.index.Tensor, aten._unsafe_index.Tensor, because=_ANY_ROW)
 def index_rule(call: OpCall) -> OpShardingRule | None:
     """`v! c, ... -> ... c`; the indices' dimensions come first if the indexed ones are not neighbours."""
     result = call.results[0]
@@ -52,7 +54,7 @@ def index_rule(call: OpCall) -> OpShardingRule | None:
     return fit(call, [dims, *known], [made], need_replication=frozenset(f"d{dim}" for dim in at))
 
 
-@rule(aten.index_select.default)
+@rule(aten.index_select.default, because=_ANY_ROW)
 def index_select_rule(call: OpCall) -> OpShardingRule | None:
     """`v! c, i -> i c`"""
     dims, index = plain(call.operands[0].shape), plain(call.operands[1].shape, "i")
@@ -63,7 +65,7 @@ def index_select_rule(call: OpCall) -> OpShardingRule | None:
     return fit(call, [dims, index], [made], need_replication=frozenset({f"d{at}"}))
 
 
-@rule(aten.gather.default)
+@rule(aten.gather.default, because=_ANY_ROW)
 def gather_rule(call: OpCall) -> OpShardingRule | None:
     """`b v!, b i -> b i`; a dimension that `index` covers in part has to be whole."""
     source, index = (spec.shape for spec in call.operands)
@@ -96,7 +98,7 @@ def select_rule(call: OpCall) -> OpShardingRule | None:
     return fit(call, [dims], [[*dims[:at], *dims[at + 1 :]]], movement=True, bodies=bodies)
 
 
-@rule(aten.slice.Tensor)
+@rule(aten.slice.Tensor, until="the rows that change owner, sent to it")
 def slice_rule(call: OpCall) -> OpShardingRule | None:
     """Streams are cut, few rows are summed, others stay where they are; a step needs the dimension whole."""
     result = call.results[0]

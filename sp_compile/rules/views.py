@@ -10,7 +10,7 @@ from torch import fx
 
 from ..rule import Body, Dim, Joined, LocalOp, OpCall, OpShardingRule, TensorSpec, divide
 from ..sharding import Layout, Sharded, Size, exact_quotient, product, size_of
-from .dims import broadcast_factors, fit, plain, wrap
+from .dims import broadcast_factors, factors, fit, plain, wrap
 from .registry import rule, rules_from_text
 
 aten = torch.ops.aten
@@ -22,14 +22,16 @@ def _specs(call: OpCall) -> list[TensorSpec]:
 
 # One shape read as another
 
+_NO_COMMON_FACTOR = "no block of rows of the one shape is a block of the other"
 
-@rule(aten.reshape.default)
+
+@rule(aten.reshape.default, because=_NO_COMMON_FACTOR)
 def reshape_rule(call: OpCall) -> OpShardingRule | None:
     """The coarsest common refinement of two shapes; where neither size divides the other, both are whole."""
     return _refine(call, "shape")
 
 
-@rule(aten.view.default, aten._unsafe_view.default)
+@rule(aten.view.default, aten._unsafe_view.default, because=_NO_COMMON_FACTOR)
 def view_rule(call: OpCall) -> OpShardingRule | None:
     return _refine(call, "size")
 
@@ -135,12 +137,13 @@ def t_rule(call: OpCall) -> OpShardingRule | None:
 
 
 rules_from_text(
-    {
-        aten.view_as_complex.default: "... c! -> ...",
-        aten.view_as_real.default: "... -> ... c!",
-        aten.tril.default: "... a! b! -> ... a! b!",
-        aten.triu.default: "... a! b! -> ... a! b!",
-    }
+    {aten.view_as_complex.default: "... c! -> ...", aten.view_as_real.default: "... -> ... c!"},
+    because="the two halves of a number stay together",
+)
+
+rules_from_text(
+    {aten.tril.default: "... a! b! -> ... a! b!", aten.triu.default: "... a! b! -> ... a! b!"},
+    until="a mask made of the local positions",
 )
 
 
@@ -156,7 +159,7 @@ def expand_rule(call: OpCall) -> OpShardingRule | None:
     return fit(call, [dims], [plain(result)], movement=True, shape_argument="size")
 
 
-@rule(aten.repeat.default)
+@rule(aten.repeat.default, because="a whole copy is laid after a whole copy")
 def repeat_rule(call: OpCall) -> OpShardingRule | None:
     """`s -> (r s)`"""
     shape, repeats = call.operands[0].shape, [size_of(count) for count in call["repeats"]]
@@ -171,7 +174,7 @@ def repeat_rule(call: OpCall) -> OpShardingRule | None:
     return fit(call, [dims], [made], sizes, need_replication=frozenset(sizes), movement=True)
 
 
-@rule(aten.repeat_interleave.self_int)
+@rule(aten.repeat_interleave.self_int, because="the copies of a row stay together")
 def repeat_interleave_rule(call: OpCall) -> OpShardingRule | None:
     """`g -> (g r)`"""
     dims = plain(call.operands[0].shape)
@@ -203,7 +206,7 @@ def cat_rule(call: OpCall) -> OpShardingRule | None:
     return fit(call, operands, [[*dims[:at], joined, *dims[at + 1 :]]], movement=True)
 
 
-@rule(aten.stack.default)
+@rule(aten.stack.default, because="the operands are on every rank")
 def stack_rule(call: OpCall) -> OpShardingRule | None:
     dims = plain(call.operands[0].shape)
     (at,) = wrap(call["dim"], len(dims) + 1)
@@ -232,7 +235,7 @@ def split_rule(call: OpCall) -> OpShardingRule | None:
     return fit(call, [operand], results, movement=True, bodies=dict.fromkeys(streams, split))
 
 
-@rule(aten.unbind.int)
+@rule(aten.unbind.int, because="every row is a value of its own")
 def unbind_rule(call: OpCall) -> OpShardingRule | None:
     dims = plain(call.operands[0].shape)
     (at,) = wrap(call["dim"], len(dims))
@@ -278,7 +281,7 @@ def window_slice(call: OpCall, at: int, low: Size, high: Size) -> OpShardingRule
     return fit(call, [dims], [made], movement=True, bodies={"s": cut}, windows={"w": ("s", low, high)})
 
 
-@rule(aten.constant_pad_nd.default)
+@rule(aten.constant_pad_nd.default, until="the rows that negative padding cuts off, as `slice`")
 def pad_rule(call: OpCall) -> OpShardingRule | None:
     """`s -> [lo | s | hi]`: each rank makes its own block of the padding; negative padding needs the rows whole."""
     dims, pads = plain(call.operands[0].shape), [size_of(pad) for pad in call["pad"]]
@@ -337,21 +340,28 @@ def whole_dims_rule(call: OpCall, dims: Sequence[int]) -> OpShardingRule:
     aten.cumsum.default,
     aten.cumprod.default,
     aten.logcumsumexp.default,
-    aten.sort.default,
-    aten.sort.stable,
-    aten.topk.default,
-    aten.glu.default,
+    aten.cummax.default,
+    aten.cummin.default,
+    because="a row takes all rows before it",
+    until="a scan of the ranks' totals",
 )
+@rule(aten.sort.default, aten.sort.stable, aten.topk.default, because="rows are ranked by value")
+@rule(aten.glu.default, until="the two halves as streams")
 def one_whole_dim_rule(call: OpCall) -> OpShardingRule | None:
     return whole_dims_rule(call, wrap(call["dim"], len(call.operands[0].shape)))
 
 
-@rule(aten.flip.default, aten.roll.default)
+@rule(aten.flip.default, aten.roll.default, aten.rot90.default, until="the rows that change owner, sent to it")
 def some_whole_dims_rule(call: OpCall) -> OpShardingRule | None:
     return whole_dims_rule(call, wrap(call["dims"], len(call.operands[0].shape)))
 
 
-@rule(aten._fft_r2c.default, aten._fft_c2c.default, aten._fft_c2r.default)
+@rule(
+    aten._fft_r2c.default,
+    aten._fft_c2c.default,
+    aten._fft_c2r.default,
+    because="a frequency is made of all rows",
+)
 def fourier_rule(call: OpCall) -> OpShardingRule | None:
     """The transformed dimensions `!`, of which one may change its size."""
     source, result = call.operands[0], call.results[0]
@@ -363,16 +373,27 @@ def fourier_rule(call: OpCall) -> OpShardingRule | None:
     return fit(call, [dims], [made], need_replication=frozenset(f"{letter}{at}" for at in whole for letter in "dk"))
 
 
-@rule(aten.unfold.default)
+@rule(
+    aten.unfold.default,
+    because="the rows of one window stay together",
+    until="a halo: the rows that a window reads of the neighbouring ranks",
+)
 def unfold_rule(call: OpCall) -> OpShardingRule | None:
-    """`s! -> w! … k!`: windows may overlap."""
-    dims = plain(call.operands[0].shape)
-    (at,) = wrap(call["dimension"], len(dims))
-    made: list[Dim] = [*dims[:at], ("w",), *dims[at + 1 :], ("k",)]
-    return fit(call, [dims], [made], need_replication=frozenset({f"d{at}", "w", "k"}))
+    """`(w k!) -> w … k!` for windows side by side, else `s! -> w! … k!`."""
+    dims, result = plain(call.operands[0].shape), _specs(call)[0].shape
+    if not dims:
+        return None
+    (at,) = wrap((call["dimension"],), len(dims))
+    size, step, length = call["size"], call["step"], call.operands[0].shape[at]
+    sizes: dict[str, Size] = {"w": result[at], "k": size, f"d{at}": length}
+    apart = size == step and exact_quotient(length, size) is not None
+    read = factors(sizes, "w", "k") if apart else dims[at]
+    made: list[Dim] = [*dims[:at], factors(sizes, "w"), *dims[at + 1 :], factors(sizes, "k")]
+    whole = frozenset({"k"} if apart else {f"d{at}", "w", "k"})
+    return fit(call, [[*dims[:at], read, *dims[at + 1 :]]], [made], sizes, need_replication=whole)
 
 
-@rule(aten.slice_scatter.default)
+@rule(aten.slice_scatter.default, until="a mask made of the local positions")
 def slice_scatter_rule(call: OpCall) -> OpShardingRule | None:
     dims = plain(call.operands[0].shape)
     (at,) = wrap(call["dim"], len(dims))
@@ -380,7 +401,7 @@ def slice_scatter_rule(call: OpCall) -> OpShardingRule | None:
     return fit(call, [dims, written], [dims], need_replication=frozenset({f"d{at}", "w"}))
 
 
-@rule(aten.select_scatter.default)
+@rule(aten.select_scatter.default, until="a mask made of the local positions")
 def select_scatter_rule(call: OpCall) -> OpShardingRule | None:
     dims = plain(call.operands[0].shape)
     (at,) = wrap(call["dim"], len(dims))
