@@ -8,11 +8,13 @@ from operator import getitem
 import sympy
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import FakeTensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
 
-from .rule import OpCall, OpShardingRule, TensorSpec
-from .rules import rule_for
+from .rule import Op, OpCall, OpShardingRule, TensorSpec, in_order
+from .rules import has_rule, rule_for
 from .sharding import Size
 
 
@@ -30,22 +32,19 @@ def source_of(value: fx.Node) -> tuple[fx.Node, int]:
     return value, 0
 
 
+def op_of(node: fx.Node) -> Op | None:
+    """The op that a node calls, if rules may speak of it: an overload, or a higher-order operator with a rule."""
+    target = node.target
+    if isinstance(target, OpOverload) or (isinstance(target, HigherOrderOperator) and has_rule(target)):
+        return target
+    return None
+
+
 def operand_nodes(node: fx.Node) -> tuple[fx.Node, ...]:
     """The tensor operands of a call in the order of `OpCall.operands`: one entry per use, lists flattened."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    found: list[fx.Node] = []
-
-    def visit(value: object) -> None:
-        if isinstance(value, fx.Node):
-            if is_tensor(value):
-                found.append(value)
-        elif isinstance(value, (list, tuple)):
-            for each in value:
-                visit(each)
-
-    for position, argument in enumerate(node.target._schema.arguments):
-        visit(node.args[position] if position < len(node.args) else node.kwargs.get(argument.name))
-    return tuple(found)
+    op = op_of(node)
+    leaves = pytree.tree_leaves(in_order(op, node.args, node.kwargs)) if op is not None else ()
+    return tuple(leaf for leaf in leaves if isinstance(leaf, fx.Node) and is_tensor(leaf))
 
 
 class GraphRules:
@@ -64,7 +63,7 @@ class GraphRules:
 
     def operands(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The tensor operands of a node, as in its rule."""
-        return operand_nodes(node) if isinstance(node.target, torch._ops.OpOverload) else ()
+        return operand_nodes(node)
 
     def shape(self, node: fx.Node) -> tuple[Size, ...]:
         """The global shape of a node's value."""

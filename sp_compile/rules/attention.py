@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,23 +11,12 @@ from torch import fx
 from ..rule import Body, Dim, LocalOp, OpCall, OpShardingRule
 from ..sharding import Sharded, Size, exact_quotient
 from .dims import fit
-from .registry import decomposed_when, rule
+from .registry import ATTENTION, AttentionRoles, decomposed_when, rule
 
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class AttentionRoles:
-    """Which operand of a fused attention op is which, and the names of its factors."""
-
-    query: int = 0
-    key: int = 1
-    value: int = 2
-    query_length: str = "q"
-    key_length: str = "k"
-
-
-ATTENTION: dict[object, AttentionRoles] = {aten.scaled_dot_product_attention.default: AttentionRoles()}
+ATTENTION[aten.scaled_dot_product_attention.default] = AttentionRoles()
 
 
 @decomposed_when(aten.scaled_dot_product_attention.default)
