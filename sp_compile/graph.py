@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cached_property
 from operator import getitem
 
@@ -30,9 +31,13 @@ def source_of(value: fx.Node) -> tuple[fx.Node, int]:
     return value, 0
 
 
+def computes(node: fx.Node) -> bool:
+    """Whether a node is a call that makes values: of an ATen op, or of an opaque part of the Dynamo graph."""
+    return isinstance(node.target, torch._ops.OpOverload) or node.op == "call_module"
+
+
 def operand_nodes(node: fx.Node) -> tuple[fx.Node, ...]:
     """The tensor operands of a call in the order of `OpCall.operands`: one entry per use, lists flattened."""
-    assert isinstance(node.target, torch._ops.OpOverload)
     found: list[fx.Node] = []
 
     def visit(value: object) -> None:
@@ -43,28 +48,36 @@ def operand_nodes(node: fx.Node) -> tuple[fx.Node, ...]:
             for each in value:
                 visit(each)
 
-    for position, argument in enumerate(node.target._schema.arguments):
-        visit(node.args[position] if position < len(node.args) else node.kwargs.get(argument.name))
+    if isinstance(node.target, torch._ops.OpOverload):
+        for position, argument in enumerate(node.target._schema.arguments):
+            visit(node.args[position] if position < len(node.args) else node.kwargs.get(argument.name))
+    elif node.op == "call_module":
+        visit(node.args)
     return tuple(found)
 
 
 class GraphRules:
-    """A captured graph with the rule of each of its nodes. Nothing here changes the graph."""
+    """A captured graph with the rule of each of its nodes. Nothing here changes the graph.
 
-    def __init__(self, graph: fx.Graph) -> None:
+    The nodes in `replicated` have none: the user has asked for them to run on whole values.
+    """
+
+    def __init__(self, graph: fx.Graph, replicated: Collection[fx.Node] = ()) -> None:
         self.graph = graph
+        self.replicated = frozenset(replicated)
         self._rules: dict[fx.Node, OpShardingRule | None] = {}
 
     def rule(self, node: fx.Node) -> OpShardingRule | None:
         """The op sharding rule of a node; None if it has to run on whole values."""
         if node not in self._rules:
-            computes = self.operands(node) and node.meta.get("val") is not None
-            self._rules[node] = rule_for(OpCall.of_node(node)) if computes else None
+            is_op = isinstance(node.target, torch._ops.OpOverload) and node not in self.replicated
+            known = is_op and self.operands(node) and node.meta.get("val") is not None
+            self._rules[node] = rule_for(OpCall.of_node(node)) if known else None
         return self._rules[node]
 
     def operands(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The tensor operands of a node, as in its rule."""
-        return operand_nodes(node) if isinstance(node.target, torch._ops.OpOverload) else ()
+        return operand_nodes(node)
 
     def shape(self, node: fx.Node) -> tuple[Size, ...]:
         """The global shape of a node's value."""
