@@ -23,7 +23,7 @@ from operator import getitem
 import torch
 from torch import fx
 
-from sp_compile.graph import GraphRules, op_of, source_of
+from sp_compile.graph import GraphRules, computes, source_of
 from sp_compile.plan import AttentionSite, Fallback, NodePlan, ShardingPlan, SitePlan
 from sp_compile.rule import OpSharding, OpShardingRule
 from sp_compile.sharding import (
@@ -118,7 +118,7 @@ class _Planner:
                 planned |= region.nodes
             if isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
                 continue  # numbers are those of the global shapes
-            if op_of(node) is not None:
+            if computes(node):
                 self.nodes[node] = planned.get(node) or self._plan_op(node)
             elif node.target is getitem:
                 source, index = source_of(node)
@@ -140,7 +140,7 @@ class _Planner:
         whole = NodePlan(None, tuple(REPLICATED for _ in range(outputs)))
         sharded = [index for index, placement in enumerate(placements) if isinstance(placement, Sharded)]
         if rule is None:
-            if sharded:
+            if sharded and node not in self.rules.replicated:
                 self._fall_back(node, placements, None, "it has no sharding rule")
             return whole
         if not sharded:

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
-
-from sp_compile.errors import CaptureError, user_line
 
 aten = torch.ops.aten
 
@@ -57,7 +55,7 @@ def canonical(
     for old in traced.graph.nodes:
         if old.target is GRAD_MODE:
             grad_mode = old.args[0]
-        if old.op in ("call_function", "get_attr"):
+        if old.op in ("call_function", "call_module", "get_attr"):
             env[old] = _rewrite(graph, traced, old, env, cuts_gradient=switches and not grad_mode)
     results: list[Any] = pytree.tree_map_only(
         Node,
@@ -86,8 +84,6 @@ def _short_name(name: str) -> str:
 
 def _rewrite(graph: Graph, traced: GraphModule, old: Node, env: dict[Node, Any], cuts_gradient: bool) -> Any:
     target = old.target
-    if isinstance(target, HigherOrderOperator):
-        raise CaptureError(f"{target.name()} is no ATen operator ({user_line(old)})")
     if target is aten._assert_tensor_metadata.default:
         return None
     operand: Any = old.args[0] if old.args else None
@@ -137,7 +133,7 @@ def _drop_empty_operands(cat: Node) -> None:
 
 
 def _has_effect(node: Node) -> bool:
-    """Nodes that stay without a user. Dead random operators stay too: they draw numbers."""
+    """Nodes that stay without a user. Dead random operators stay too: they draw numbers; opaque parts may."""
     if node.op != "call_function":
         return node.op != "get_attr"
     if node.target in STATE or node.target in _ASSERTS:

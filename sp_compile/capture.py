@@ -15,19 +15,21 @@ draws, updated inputs. What cannot be shown to keep that meaning raises `Capture
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
+from torch._functorch import predispatch
 from torch._guards import TracingContext, detect_fake_mode
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.distributed._local_tensor import LocalTensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import PythonKeyTracer, get_proxy_mode, make_fx, track_tensor_tree
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -36,12 +38,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sp_compile.canonicalize import ENTER_AUTOCAST, EXIT_AUTOCAST, GRAD_MODE, STATE, canonical
 from sp_compile.errors import CaptureError, user_line
+from sp_compile.opaque import collapse
 
 aten = torch.ops.aten
 
 Keep = Callable[[OpOverload, tuple[Any, ...], dict[str, Any]], bool]
 
-_NO_EFFECT = (torch._C._log_api_usage_once,)
+_NO_EFFECT = (torch._C._log_api_usage_once, predispatch.lazy_load_decompositions)
 _DROPOUTS = (
     aten.dropout.default,
     aten.alpha_dropout.default,
@@ -66,6 +69,7 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any], keep: Keep) -> Captu
     `keep(op, args, kwargs)` tells of a call of a composite operator whether it stays whole; all
     others are decomposed until none is left. Raises `CaptureError` where meaning would be lost.
     """
+    gm = collapse(gm)
     _reject_unsafe_nodes(gm)
     fake_mode, inputs = _fakify(example_inputs)
     traced, mutated, returned = _trace(gm, fake_mode, inputs, keep)
@@ -83,25 +87,11 @@ def _bodies(gm: GraphModule) -> Iterator[GraphModule]:
 
 def _reject_unsafe_nodes(gm: GraphModule) -> None:
     for body in _bodies(gm):
-        if "_checkpoint_context_fn" in body.meta:
-            raise CaptureError("a checkpoint with its own context_fn cannot be re-traced")
         for node in body.graph.nodes:
-            target = node.target
-            if isinstance(target, HigherOrderOperator) and target is not tag_activation_checkpoint:
-                reason = f"the higher-order operator {target.name()} cannot be re-traced"
-            elif node.op == "call_module":
-                reason = f"the opaque module {target} cannot be re-traced"
-            elif (
-                node.op == "call_function"
-                and not node.all_input_nodes
-                and "example_value" not in node.meta
-                and target not in (*STATE, *_NO_EFFECT)
-            ):
-                name = getattr(target, "__name__", str(target))
-                reason = f"{name} sets a mode (a context, vmap, grad) that an ATen graph has no node for"
-            else:
-                continue
-            raise CaptureError(f"{reason} ({user_line(node)})")
+            sets_mode = not node.all_input_nodes and "example_value" not in node.meta
+            if node.op == "call_function" and sets_mode and node.target not in (*STATE, *_NO_EFFECT):
+                name = getattr(node.target, "__name__", str(node.target))
+                raise CaptureError(f"{name} sets a mode that an ATen graph has no node for ({user_line(node)})")
 
 
 def _reject_shared_storage(gm: GraphModule, example_inputs: Sequence[Any], mutated: Sequence[int]) -> None:
@@ -169,6 +159,7 @@ class _Functionalize(FunctionalTensorMode):
         # By address; kept alive, since an address is used again.
         self._storages_with_grad: dict[int, torch.UntypedStorage] = {}
         self._aliases: dict[int, tuple[torch.UntypedStorage, WeakTensorKeyDictionary]] = {}
+        self._shared: dict[int, torch.UntypedStorage] = {}
 
     def _can_decompose(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if not func._can_decompose():
@@ -188,6 +179,8 @@ class _Functionalize(FunctionalTensorMode):
             if torch.is_grad_enabled() != self.grad_mode:
                 raise _HiddenGradMode
             self._reject_untracked_write(func, args)
+        if self._shared and func._schema.is_mutable:
+            self._reject_write_to_shared(func, args)
         if func in _DROPOUTS and not (args[1] and args[2]):
             return args[0]  # as in eager mode: a later write to the one is seen in the other
         try:
@@ -199,6 +192,26 @@ class _Functionalize(FunctionalTensorMode):
             if error.op is None and self._can_decompose(func, args, kwargs or {}):
                 error.op = func
             raise
+
+    def note_aliases(self, values: Sequence[Any]) -> None:
+        """Of values around an opaque part, those that share their memory: it is not known how."""
+        owners: dict[int, list[FunctionalTensor]] = {}
+        for value in values:
+            if isinstance(value, FunctionalTensor):
+                owners.setdefault(_unwrap(value).untyped_storage()._cdata, []).append(value)
+        for sharing in owners.values():
+            storages = {value.untyped_storage()._cdata: value.untyped_storage() for value in sharing}
+            if len(storages) > 1:
+                self._shared |= storages
+
+    def _reject_write_to_shared(self, func: OpOverload, args: tuple[Any, ...]) -> None:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if (
+                argument.is_write
+                and isinstance(value, FunctionalTensor)
+                and value.untyped_storage()._cdata in self._shared
+            ):
+                raise CaptureError(f"{func} writes to memory that an opaque part of the graph shares")
 
     def _update_aliases(self, func: OpOverload, args: tuple[Any, ...], result: Any) -> None:
         """Make what a write has changed anew at once, and a view of it as soon as it is taken.
@@ -294,6 +307,26 @@ class _DynamoInterpreter(Interpreter):
                 self._autocasts.pop().__exit__(None, None, None)
         return result
 
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record an opaque part as one node. Only its values are asked of it, outside of all tracing."""
+        body, operands = self.fetch_attr(target), pytree.tree_map(_unwrap, args)
+        mode = get_proxy_mode()
+        assert mode is not None
+        tracer = cast(PythonKeyTracer, mode.tracer)
+        tracer.root.add_module(target, body)
+        tracer.graph.owning_module = cast(GraphModule, tracer.root)  # where dead code is looked for, by `_is_impure`
+        proxies = pytree.tree_map(tracer.unwrap_proxy, operands)
+        versions = [x._version for x in operands if isinstance(x, torch.Tensor)]
+        with _outside_tracing():
+            results = body(*operands)
+        if versions != [x._version for x in operands if isinstance(x, torch.Tensor)]:
+            raise CaptureError(f"{target} writes to what it is given")
+        proxy = tracer.create_proxy("call_module", target, proxies, {})
+        track_tensor_tree(results, proxy, constant=None, tracer=tracer)
+        wrapped = pytree.tree_map_only(torch.Tensor, FunctionalTensor.to_functional, results)
+        self._mode.note_aliases(pytree.tree_leaves((args, wrapped)))
+        return wrapped
+
     def _inline_checkpoint(self, body: GraphModule, *args: Any) -> Any:
         """The partitioner recomputes nodes that carry these two fields, wherever they stand."""
         graph = Graph()
@@ -309,6 +342,19 @@ class _DynamoInterpreter(Interpreter):
 
 
 _CHECKPOINT_IDS = itertools.count()
+
+
+@contextmanager
+def _outside_tracing() -> Iterator[None]:
+    """Run what is inside on fake tensors with autograd, unseen by the trace."""
+    keys = torch._C._TorchDispatchModeKey
+    modes = [torch._ops.unset_mode_pre_dispatch(key) for key in (keys.FUNCTIONAL, keys.PROXY)]
+    try:
+        with torch._C.DisableTorchFunction():
+            yield
+    finally:
+        for mode in reversed(modes):
+            torch._ops._set_mode_pre_dispatch(mode)
 
 
 def _trace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cached_property
 from operator import getitem
 
@@ -40,25 +41,36 @@ def op_of(node: fx.Node) -> Op | None:
     return None
 
 
+def computes(node: fx.Node) -> bool:
+    """Whether a node is a call that makes values: of an op, or of an opaque part of the Dynamo graph."""
+    return op_of(node) is not None or node.op == "call_module"
+
+
 def operand_nodes(node: fx.Node) -> tuple[fx.Node, ...]:
     """The tensor operands of a call in the order of `OpCall.operands`: one entry per use, lists flattened."""
     op = op_of(node)
-    leaves = pytree.tree_leaves(in_order(op, node.args, node.kwargs)) if op is not None else ()
+    arguments = in_order(op, node.args, node.kwargs) if op is not None else node.args
+    leaves = pytree.tree_leaves(arguments) if computes(node) else ()
     return tuple(leaf for leaf in leaves if isinstance(leaf, fx.Node) and is_tensor(leaf))
 
 
 class GraphRules:
-    """A captured graph with the rule of each of its nodes. Nothing here changes the graph."""
+    """A captured graph with the rule of each of its nodes. Nothing here changes the graph.
 
-    def __init__(self, graph: fx.Graph) -> None:
+    The nodes in `replicated` have none: the user has asked for them to run on whole values.
+    """
+
+    def __init__(self, graph: fx.Graph, replicated: Collection[fx.Node] = ()) -> None:
         self.graph = graph
+        self.replicated = frozenset(replicated)
         self._rules: dict[fx.Node, OpShardingRule | None] = {}
 
     def rule(self, node: fx.Node) -> OpShardingRule | None:
         """The op sharding rule of a node; None if it has to run on whole values."""
         if node not in self._rules:
-            computes = self.operands(node) and node.meta.get("val") is not None
-            self._rules[node] = rule_for(OpCall.of_node(node)) if computes else None
+            is_op = op_of(node) is not None and node not in self.replicated
+            known = is_op and self.operands(node) and node.meta.get("val") is not None
+            self._rules[node] = rule_for(OpCall.of_node(node)) if known else None
         return self._rules[node]
 
     def operands(self, node: fx.Node) -> tuple[fx.Node, ...]:

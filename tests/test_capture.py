@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._higher_order_ops.scan import scan
 from torch._ops import OpOverload
 from torch.fx import GraphModule
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
@@ -212,6 +213,58 @@ def attention(m: Any, x: Tensor) -> Any:
     return m[0](x, x, x)
 
 
+class TripledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0] * 3
+
+
+class Flipped(torch.autograd.Function):
+    """A view of its input, with the gradient reversed; and a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Any:
+        ctx.save_for_backward(x)
+        return x.view_as(x), (x @ w).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return -0.5 * gradients[0] * x, x.t() @ x * gradients[1]
+
+
+def custom_backwards(m: Any, x: Tensor) -> Any:
+    y, z = Flipped.apply(m[0](x), m[0].weight)
+    with torch.no_grad():
+        u = TripledGradient.apply(y)
+    return TripledGradient.apply(TripledGradient.apply(y)) * u, z, m[0].weight * z
+
+
+def transforms(m: Any, x: Tensor) -> Any:
+    y = torch.vmap(lambda row: torch.vmap(torch.sin)(row) * m[0].bias)(m[0](x))
+    return y, torch.func.grad(lambda t: (t.sin() * m[0].weight).sum())(y.cos())
+
+
+def branches(m: Any, x: Tensor) -> Any:
+    y = m[0](x)
+    return torch.cond(y.sum() > 0, lambda t: t.sin() * m[0].bias, torch.cos, (y,)), *scan(
+        lambda c, t: (c * 0.5 + t, c + t * m[0].bias), y[0] * 2, y
+    )
+
+
+def opaque_in_checkpoint(m: Any, x: Tensor) -> Any:
+    return checkpoint(lambda t: F.dropout(TripledGradient.apply(m[0](t)), 0.5), x, use_reentrant=False)
+
+
+def opaque_draw(m: Any, x: Tensor) -> Any:
+    torch.vmap(torch.rand_like, randomness="different")(x)  # dead, and still drawn
+    return F.dropout(m[0](x))
+
+
 LABELS = torch.tensor([0, 1, 2, -100, 3, 4])
 PROGRAMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (lambda: nn.Sequential(linear(), nn.GELU(), nn.LayerNorm(6), linear()), (6, 6)),
@@ -233,6 +286,11 @@ PROGRAMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: Program(lambda m, x: F.cross_entropy(m[0](x), LABELS), linear()),
         (6, 6),
     ),
+    "custom backward": (lambda: Program(custom_backwards, linear()), (6, 6)),
+    "transforms": (lambda: Program(transforms, linear()), (6, 6)),
+    "branches": (lambda: Program(branches, linear()), (6, 6)),
+    "opaque in checkpoint": (lambda: Program(opaque_in_checkpoint, linear()), (6, 6)),
+    "opaque draw": (lambda: Program(opaque_draw, linear()), (6, 6)),
     "dropout": (lambda: Program(in_place_after_dropout, linear()), (6, 6)),
     "draws": (lambda: Program(draws, linear()), (6, 6)),
     "attention": (lambda: Program(attention, nn.MultiheadAttention(6, 2, 0.1)), (5, 2, 6)),
@@ -388,16 +446,6 @@ def test_user_line_and_short_names() -> None:
     assert names == ["parts_0_weight", "parts_0_bias", "inputs_0", "parts_1_weight", "parts_1_bias"]
 
 
-class TripledGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return gradients[0] * 3
-
-
 @torch._dynamo.allow_in_graph
 def opaque_to_dynamo(x: Tensor) -> Tensor:
     return TripledGradient.apply(x)
@@ -415,19 +463,31 @@ def inference(m: Any, x: Tensor) -> Tensor:
     return x + 1
 
 
+def write_to_what_an_opaque_part_shares(m: Any, x: Tensor) -> Tensor:
+    y = m[0](x)
+    z = torch.vmap(lambda row: row[1:])(y)
+    y.add_(1)
+    return z
+
+
+def write_in_an_opaque_part(m: Any, x: Tensor) -> Tensor:
+    y = m[0](x)
+    torch.vmap(lambda row: row.add_(1))(y)
+    return y
+
+
 def view_of_written_input(m: Any, x: Tensor) -> Any:
     x.mul_(2)
     return x.view(-1)
 
 
 UNSAFE: dict[str, tuple[Callable[..., Any], str]] = {
-    "custom backward": (lambda m, x: TripledGradient.apply(m[0](x)), "autograd_function_apply"),
     "opaque custom backward": (lambda m, x: opaque_to_dynamo(m[0](x)), "custom backward"),
-    "vmap": (lambda m, x: torch.vmap(lambda r: r.sin())(x), "vmap"),
-    "cond": (lambda m, x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)), "operator cond"),
     "weight written under no_grad": (clamped_weight, "unseen by autograd.*weight.clamp_"),
     "detached write": (lambda m, x: (y := m[0](x), y.detach().add_(1), y)[2], "unseen by autograd"),
     "inference mode": (inference, "_enter_inference_mode"),
+    "write to what vmap shares": (write_to_what_an_opaque_part_shares, "memory that an opaque part"),
+    "write in vmap": (write_in_an_opaque_part, "vmap_0 writes to what it is given"),
     "view of a written input": (view_of_written_input, "view of an input"),
     "saved noise": (lambda m, x: F.rrelu(m[0](x), training=True), "rrelu"),
 }
