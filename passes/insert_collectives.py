@@ -108,6 +108,9 @@ class _Writer:
                 placements = self._write_output(node)
             elif node.op != "placeholder":
                 self._write_node(node)
+        for graph in self.graph.find_nodes(op="get_attr"):
+            if not graph.users:
+                self.graph.erase_node(graph)
         self.graph.lint()
         root = copy.copy(self.graph_module) if self.modules else self.graph_module
         for name, each in self.modules.items():
@@ -502,5 +505,7 @@ def _roles(sites: Sequence[SitePlan]) -> dict[fx.Node, str]:
         if planned.strategy == "ulysses":
             for name, value in zip("qkv", planned.moved, strict=True):
                 roles.setdefault(value, f"gather_seq_scatter_heads_{name}")
-            roles[planned.site.output] = "gather_heads_scatter_seq"
+            output = planned.site.output
+            first = [user for user in output.users if user.target is getitem and source_of(user)[1] == 0]
+            roles.update(dict.fromkeys(first if not is_tensor(output) else [output], "gather_heads_scatter_seq"))
     return roles

@@ -276,7 +276,7 @@ class _Planner:
     def _region(self, site: AttentionSite, start: OpSharding) -> dict[fx.Node, NodePlan] | None:
         """The plans of a site whose first op runs so, and whose other ops follow; None if one of them cannot."""
         inside: dict[fx.Node, Placement] = {}
-        homes: dict[fx.Node, Placement] = {}
+        homes: dict[fx.Node, tuple[Placement, ...]] = {}
         plans: dict[fx.Node, NodePlan] = {}
         for node in site.nodes:
             rule, operands = self.rules.rule(node), self.rules.operands(node)
@@ -286,18 +286,15 @@ class _Planner:
             sharding = start if node is site.nodes[0] else _agreed(rule, placements)
             if sharding is None:
                 return None
-            at_home = [homes.get(operand, REPLICATED) for operand in operands]
+            at_home = [(*homes.get(operand, ()), REPLICATED)[0] for operand in operands]
             if node is site.query.node:
                 at_home[site.query.index] = self._placement(operands[site.query.index])
-            homes[node] = next(
-                (home for index in range(len(operands)) if isinstance(home := rule.carry(index, at_home)[0], Sharded)),
-                REPLICATED,
-            )
+            carried = [rule.carry(index, at_home) for index in range(len(operands))]
+            homes[node] = next((each for each in carried if isinstance(each[0], Sharded)), ())
             inside[node] = sharding.results[0]
             plans[node] = NodePlan(sharding, sharding.results)
-        home = homes[site.output]
-        if isinstance(home, Sharded):
-            plans[site.output] = replace(plans[site.output], delivered=(home,))
+        if homes[site.output]:
+            plans[site.output] = replace(plans[site.output], delivered=homes[site.output])
         for end in (site.key, site.value):
             self._exchange_before_repeat(end.node, end.index, plans)
         return plans

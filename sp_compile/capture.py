@@ -24,7 +24,7 @@ import torch.utils._pytree as pytree
 from torch._functorch import predispatch
 from torch._guards import TracingContext, detect_fake_mode
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.distributed._local_tensor import LocalTensor
@@ -32,6 +32,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer, get_proxy_mode, make_fx, track_tensor_tree
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.traceback import preserve_node_meta
+from torch.overrides import _pop_mode, _push_mode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -42,7 +43,7 @@ from sp_compile.opaque import collapse
 
 aten = torch.ops.aten
 
-Keep = Callable[[OpOverload, tuple[Any, ...], dict[str, Any]], bool]
+Keep = Callable[[OpOverload | HigherOrderOperator, tuple[Any, ...], dict[str, Any]], bool]
 
 _NO_EFFECT = (torch._C._log_api_usage_once, predispatch.lazy_load_decompositions)
 _DROPOUTS = (
@@ -67,9 +68,10 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any], keep: Keep) -> Captu
     """Trace a Dynamo graph to ATen, whole where `keep` says so and decomposed elsewhere.
 
     `keep(op, args, kwargs)` tells of a call of a composite operator whether it stays whole; all
-    others are decomposed until none is left. Raises `CaptureError` where meaning would be lost.
+    others are decomposed until none is left. Likewise of a higher-order operator, by itself: one that
+    does not stay as it is becomes an opaque part (see `opaque`). Raises `CaptureError` where meaning would be lost.
     """
-    gm = collapse(gm)
+    gm = collapse(gm, lambda op: keep(op, (), {}))
     _reject_unsafe_nodes(gm)
     fake_mode, inputs = _fakify(example_inputs)
     traced, mutated, returned = _trace(gm, fake_mode, inputs, keep)
@@ -292,6 +294,8 @@ class _DynamoInterpreter(Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is tag_activation_checkpoint:
             return self._inline_checkpoint(*args)
+        if isinstance(target, HigherOrderOperator):
+            return self._record("call_function", target, target, args, kwargs)
         result = super().call_function(target, args, kwargs)
         # make_fx records autocast without entering it: dtypes would be those before casting.
         if target is GRAD_MODE:
@@ -308,20 +312,29 @@ class _DynamoInterpreter(Interpreter):
         return result
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Record an opaque part as one node. Only its values are asked of it, outside of all tracing."""
-        body, operands = self.fetch_attr(target), pytree.tree_map(_unwrap, args)
-        mode = get_proxy_mode()
-        assert mode is not None
-        tracer = cast(PythonKeyTracer, mode.tracer)
-        tracer.root.add_module(target, body)
+        body = self.fetch_attr(target)
+        _tracer().root.add_module(target, body)
+        return self._record("call_module", target, body, args, kwargs)
+
+    def _record(
+        self, kind: str, target: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Record a call as one node. Only its values are asked of it, outside of all tracing."""
+        tracer, operands = _tracer(), pytree.tree_map(_unwrap, (args, kwargs))
         tracer.graph.owning_module = cast(GraphModule, tracer.root)  # where dead code is looked for, by `_is_impure`
         proxies = pytree.tree_map(tracer.unwrap_proxy, operands)
-        versions = [x._version for x in operands if isinstance(x, torch.Tensor)]
+        names = {graph: name for name, graph in self.module.named_children()}
+        for leaf in pytree.tree_leaves(operands):
+            if isinstance(leaf, GraphModule) and leaf not in tracer.root.children():
+                name = names[leaf]
+                tracer.root.add_module(tracer.get_fresh_qualname(name) if hasattr(tracer.root, name) else name, leaf)
+        tensors = [leaf for leaf in pytree.tree_leaves(operands) if isinstance(leaf, torch.Tensor)]
+        versions = [x._version for x in tensors]
         with _outside_tracing():
-            results = body(*operands)
-        if versions != [x._version for x in operands if isinstance(x, torch.Tensor)]:
+            results = call(*operands[0], **operands[1])
+        if versions != [x._version for x in tensors]:
             raise CaptureError(f"{target} writes to what it is given")
-        proxy = tracer.create_proxy("call_module", target, proxies, {})
+        proxy = tracer.create_proxy(kind, target, *proxies)
         track_tensor_tree(results, proxy, constant=None, tracer=tracer)
         wrapped = pytree.tree_map_only(torch.Tensor, FunctionalTensor.to_functional, results)
         self._mode.note_aliases(pytree.tree_leaves((args, wrapped)))
@@ -344,15 +357,24 @@ class _DynamoInterpreter(Interpreter):
 _CHECKPOINT_IDS = itertools.count()
 
 
+def _tracer() -> PythonKeyTracer:
+    mode = get_proxy_mode()
+    assert mode is not None
+    return cast(PythonKeyTracer, mode.tracer)
+
+
 @contextmanager
 def _outside_tracing() -> Iterator[None]:
     """Run what is inside on fake tensors with autograd, unseen by the trace."""
     keys = torch._C._TorchDispatchModeKey
     modes = [torch._ops.unset_mode_pre_dispatch(key) for key in (keys.FUNCTIONAL, keys.PROXY)]
+    # Taken off rather than disabled: a higher-order operator may bring modes of its own.
+    functions = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())]
     try:
-        with torch._C.DisableTorchFunction():
-            yield
+        yield
     finally:
+        for function in reversed(functions):
+            _push_mode(function)
         for mode in reversed(modes):
             torch._ops._set_mode_pre_dispatch(mode)
 

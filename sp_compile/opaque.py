@@ -37,15 +37,21 @@ _MODES: dict[Callable[..., Any], tuple[str, Callable[..., Any]]] = {
 """What begins a mode: its name, and what ends it."""
 
 
-def collapse(gm: GraphModule) -> GraphModule:
-    """`gm` with each opaque part as one `call_module`, checkpointed bodies likewise; `gm` itself stays as it is."""
+Known = Callable[[HigherOrderOperator], bool]
+
+
+def collapse(gm: GraphModule, known: Known) -> GraphModule:
+    """`gm` with each opaque part as one `call_module`, checkpointed bodies likewise; `gm` itself stays as it is.
+
+    Higher-order operators that are `known` are no opaque part: they stay as they are.
+    """
     nodes: list[Node] = list(gm.graph.nodes)
-    modules = {name: collapse(body) for name, body in _checkpointed(gm).items()}
+    modules = {name: collapse(body, known) for name, body in _checkpointed(gm).items()}
     graph = Graph()
     env: dict[Node, Node] = {}
     rest = nodes
     while rest:
-        name, part = _opaque_part(gm, rest)
+        name, part = _opaque_part(gm, rest, known)
         if part:
             name = f"{name}_{len(modules)}"
             modules[name] = _outline(gm, part, graph, env, name)
@@ -73,12 +79,12 @@ def _is_retraced(gm: GraphModule, call: Node) -> bool:
     return call.target in _RETRACED and "_checkpoint_context_fn" not in getattr(gm, body.target).meta
 
 
-def _opaque_part(gm: GraphModule, nodes: Sequence[Node]) -> tuple[str, list[Node]]:
+def _opaque_part(gm: GraphModule, nodes: Sequence[Node], known: Known) -> tuple[str, list[Node]]:
     """The name and the nodes of the opaque part that begins with the first of `nodes`; none if it begins no such."""
     first = nodes[0]
     if first.op == "call_module":
         raise CaptureError(f"the opaque module {first.target} cannot be re-traced ({user_line(first)})")
-    if isinstance(first.target, HigherOrderOperator) and not _is_retraced(gm, first):
+    if isinstance(first.target, HigherOrderOperator) and not known(first.target) and not _is_retraced(gm, first):
         results = [node for node in nodes if node.target is getitem and node.args[0] is first]
         return first.target.name(), [first, *results]
     if first.target not in _MODES:

@@ -258,10 +258,12 @@ class OpShardingRule:
         if not cut or not self.need_replication.isdisjoint(cut):
             return None
         factor = next(iter(cut))
-        if not any(self._made(each) or each in self.bodies for each in cut):
-            return None
         operands = tuple(self._place(dims, cut) for dims in self.operands)
-        return OpSharding(factor, operands, tuple(self._place(dims, cut) or REPLICATED for dims in self.results))
+        results = tuple(self._place(dims, cut) for dims in self.results)
+        # A result without the factor is a sum over ranks, or made by each: its gradient is not that of one device.
+        if not all(results) and not any(each in self.bodies for each in cut):
+            return None
+        return OpSharding(factor, operands, tuple(result or REPLICATED for result in results))
 
     def _cut(self, dims: tuple[Dim, ...], placement: Placement, placements: Sequence[Placement]) -> Cut | None:
         """The factors that a placement of a tensor with these dimensions shards, each with its own layout."""

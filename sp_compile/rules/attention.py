@@ -36,7 +36,7 @@ def attention_rule(call: OpCall) -> OpShardingRule | None:
         return None
     query, key, value = (spec.shape for spec in call.operands[:3])
     lead = len(result.shape) - 2
-    heads = _heads(call, query, key, value)
+    heads = head_factors(query, key, value, call["enable_gqa"])
     if heads is None:
         return None
     sizes: dict[str, Size] = {"q": query[-2], "k": key[-2], "d": query[-1], "v": value[-1]}
@@ -65,11 +65,11 @@ def attention_rule(call: OpCall) -> OpShardingRule | None:
     return fit(call, operands, rule.results, sizes, need_replication=rule.need_replication, bodies=bodies)
 
 
-def _heads(
-    call: OpCall, query: Sequence[Size], key: Sequence[Size], value: Sequence[Size]
+def head_factors(
+    query: Sequence[Size], key: Sequence[Size], value: Sequence[Size], grouped: bool
 ) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]], dict[str, Size]] | None:
     """The factors of the heads of q and of k and v, and their sizes; None if they do not fall into groups."""
-    if len(query) < 3 or not call["enable_gqa"] or query[-3] == key[-3] or key[-3] == 1:
+    if len(query) < 3 or not grouped or query[-3] == key[-3] or key[-3] == 1:
         size = next((shape[-3] for shape in (query, key, value) if len(shape) > 2 and shape[-3] != 1), 1)
         return [("h",)], [("h",)], {"h": size}
     ratio = exact_quotient(query[-3], key[-3])

@@ -10,7 +10,7 @@ import torch
 from torch._ops import OpOverload, OpOverloadPacket
 
 from ..errors import RuleError
-from ..rule import Op, OpCall, OpShardingRule, own_dimension, parse_rule
+from ..rule import Op, OpCall, OpShardingRule, argument_defaults, own_dimension, parse_rule
 
 RuleFunction = Callable[[OpCall], OpShardingRule | None]
 """None: this call (by its arguments) has no rule; the op is need-replication in every factor."""
@@ -18,7 +18,7 @@ RuleFunction = Callable[[OpCall], OpShardingRule | None]
 Predicate = Callable[[Mapping[str, Any]], bool]
 
 _RULES: dict[Op, RuleFunction] = {}
-_DECOMPOSED: dict[OpOverload, Predicate] = {}
+_DECOMPOSED: dict[Op, Predicate] = {}
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,13 @@ def decomposed_when(target: OpOverload) -> Callable[[Predicate], Predicate]:
     return register
 
 
-def stays_whole(target: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of a composite op is captured as one node: it has a rule that serves its arguments."""
+def stays_whole(target: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of a composite or higher-order op is captured as one node: it has a rule for its arguments."""
     if not has_rule(target):
         return False
     if target not in _DECOMPOSED:
         return True
-    names = [argument.name for argument in target._schema.arguments]
-    return not _DECOMPOSED[target]({**dict(zip(names, args, strict=False)), **kwargs})
+    return not _DECOMPOSED[target]({**dict(zip(argument_defaults(target), args, strict=False)), **kwargs})
 
 
 def rule_for(call: OpCall) -> OpShardingRule | None:
