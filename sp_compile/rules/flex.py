@@ -1,10 +1,11 @@
 """`flex_attention`: `b h q! d!, b h k! d!, b h k! v! -> b h q v, b h q, b h q`; grouped KV heads make h `(g r)`, or g.
 
-A rank's batch entries and heads are numbered anew, so a `score_mod` or `mask_mod` that reads the number of one is given
-the global one: row `h` of a buffer that holds the global index of each local head.
+A rank's batch entries and heads are numbered anew, so a `score_mod` or `mask_mod` that reads the number of one is told
+the global one. The rank is data, one more buffer that the mod captures. Seven heads on two ranks:
 
-    def score_mod(score, b, h, q, k, slopes):         def score_mod(score, b, h, q, k, slopes, heads):
-        return score + slopes[h] * (k - q)        →       return score + slopes[heads[h]] * (k - q)
+    def score_mod(score, b, h, q, k, slopes):         def score_mod(score, b, h, q, k, slopes, rank):
+        return score + slopes[h] * (k - q)        →       h = (h + rank[0] * 4).clamp(max=6)
+                                                          return score + slopes[h] * (k - q)
 
 A `BlockMask` is in blocks of the whole sequence, which is why the queries have to be whole as well.
 """
@@ -12,6 +13,8 @@ A `BlockMask` is in blocks of the whole sequence, which is why the queries have 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from operator import getitem
 from typing import Any
 
@@ -28,6 +31,8 @@ aten = torch.ops.aten
 flex_attention = torch.ops.higher_order.flex_attention
 
 ATTENTION[flex_attention] = AttentionRoles()
+
+GlobalIndex = Callable[[Any, Any], Any]
 
 _BUFFERS = ("score_mod_other_buffers", "mask_mod_other_buffers")
 
@@ -76,31 +81,52 @@ def _with_global_indices(local: LocalOp) -> fx.Node:
     assert isinstance(placement, Sharded)
     given: dict[str, Any] = {**dict.fromkeys(_BUFFERS, ()), **dict(zip(call.arguments, local.args, strict=False))}
     given |= local.kwargs
-    score_mod = _indexed(call["score_mod"], 1 + placement.dim)
-    mask_mod = _indexed(call["block_mask"][-1], placement.dim)
-    index: tuple[fx.Node, ...] = ()
-    if score_mod is not None or mask_mod is not None:
-        index = (local.emit(aten._to_copy.default, local.positions(placement), dtype=torch.int32),)
-    if score_mod is not None:
-        given["score_mod"] = local.module("score_mod", score_mod)
-        given["score_mod_other_buffers"] += index
-    if mask_mod is not None:
-        given["block_mask"] = (*given["block_mask"][:-1], local.module("mask_mod", mask_mod))
-        given["mask_mod_other_buffers"] += index
+    mods = {"score_mod": (call["score_mod"], 1 + placement.dim), "mask_mod": (call["block_mask"][-1], placement.dim)}
+    indexed = {name: at for name, (mod, at) in mods.items() if mod.graph.find_nodes(op="placeholder")[at].users}
+    block = _block(placement, local.parts)
+    global_index: GlobalIndex = getitem
+    if block is not None:
+        buffer, global_index = local.rank(), partial(_of_rank, block=block, size=placement.layout.size)
+    elif indexed:
+        buffer = local.positions(placement)
+    for name, at in indexed.items():
+        mod = local.module(name, _with_index(mods[name][0], at, global_index))
+        given[f"{name}_other_buffers"] = (*given[f"{name}_other_buffers"], buffer)
+        if name == "score_mod":
+            given["score_mod"] = mod
+        else:
+            given["block_mask"] = (*given["block_mask"][:-1], mod)
     return local.emit(call.target, *(given[name] for name in call.arguments))
 
 
-def _indexed(mod: fx.GraphModule, position: int) -> fx.GraphModule | None:
-    """A mod whose argument `position` is looked up in its last one, a new buffer; None if it does not read it."""
-    if not mod.graph.find_nodes(op="placeholder")[position].users:
+def _block(placement: Sharded, parts: int) -> int | None:
+    """How many rows in a row each rank holds, if that is all there is to a layout.
+
+    The positions of any layout would do as a buffer, but Inductor wants one that is no result of others on CPU.
+    """
+    layout = placement.layout
+    rows, local = layout.size, layout.local_size(parts)
+    if layout.outer != 1 or len(layout.segments) > 1 or not isinstance(rows, int) or not isinstance(local, int):
         return None
+    return local if layout.segments[0].granule == 1 or rows == local * parts else None
+
+
+def _of_rank(rank: Any, index: Any, block: int, size: int) -> Any:
+    """Padding repeats the last row."""
+    return (index + rank[0] * block).clamp(max=size - 1).to(torch.int32)
+
+
+def _with_index(mod: fx.GraphModule, position: int, global_index: GlobalIndex) -> fx.GraphModule:
+    """A mod that reads `global_index(buffer, index)` for its argument `position`; the buffer is a last argument."""
     mod = copy.deepcopy(mod)
-    *_, last = placeholders = mod.graph.find_nodes(op="placeholder")
-    index = placeholders[position]
-    with mod.graph.inserting_after(last):
-        buffer = mod.graph.placeholder("global_index")
-    with mod.graph.inserting_after(buffer):
-        looked_up = mod.graph.call_function(getitem, (buffer, index))
-    index.replace_all_uses_with(looked_up, delete_user_cb=lambda user: user is not looked_up)
+    placeholders = mod.graph.find_nodes(op="placeholder")
+    index, users = placeholders[position], dict(placeholders[position].users)
+    tracer = fx.proxy.GraphAppendingTracer(mod.graph)
+    with mod.graph.inserting_after(placeholders[-1]):
+        buffer = mod.graph.placeholder("rank")
+    with mod.graph.inserting_before(buffer.next):
+        made = global_index(fx.Proxy(buffer, tracer), fx.Proxy(index, tracer)).node
+    for user in users:
+        user.replace_input_with(index, made)
     mod.recompile()
     return mod
