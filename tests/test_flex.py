@@ -169,7 +169,7 @@ def test_the_batch_of_frames_that_are_sharded() -> None:
     """Attention over frames, then within each, `(b t) h s d` with one head: the batch is cut in two runs of frames."""
 
     def body(m: Parts, x: Tensor) -> Any:
-        b, t, s, c = x.shape
+        b, t, s, _ = x.shape
         y = m.block(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (b, s)).transpose(1, 2).flatten(0, 1)
         out = attend(m, y, score_mod=lambda score, frame, h, i, j: score * (frame % t + 1) + h)
         return out.unflatten(0, (b, t))

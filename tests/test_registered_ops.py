@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.attention.varlen as varlen
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sp_compile import FallbackError, register_sharding_rule
+from sp_compile import FallbackError, init_sequence_parallel, register_sharding_rule, rewritten_graphs, sp_backend
 from sp_compile.errors import RuleError
 from sp_compile.rule import OpCall, own_dimension
 from sp_compile.rules import rule_for
 
 from .equivalence import assert_equivalent, collectives, run_simulated
 from .programs import Parts, moved
+from .simulation import fake_world
 
 ULYSSES = {"all_to_all": 4, "gather_output": 1}
 LAYER = [f"gather_seq_scatter_heads_{name}" for name in "qkv"] + ["gather_heads_scatter_seq"]
@@ -248,6 +251,35 @@ def test_a_scan_borrows_the_channels(parts: int) -> None:
 
     (graph,) = assert_equivalent(Parts(body), (tokens(1, 13, 12),), parts=parts)
     assert not graph.plan.fallbacks and moved(graph) == {"all_to_all": 6, "gather_output": 1}
+
+
+@pytest.mark.parametrize(("kv", "parts"), [(6, 2), (6, 4), (3, 3), (2, 4), (1, 2)])
+def test_the_packed_attention_of_torch(kv: int, parts: int) -> None:
+    """On fakes, for its kernel is CUDA's."""
+
+    def body(q: Tensor, k: Tensor, v: Tensor, cu_seq: Tensor) -> tuple[Tensor, Tensor]:
+        aux = varlen.AuxRequest(lse=True)
+        out, lse = varlen.varlen_attn(
+            *(torch.tanh(x) for x in (q, k, v)), cu_seq, cu_seq, 13, 13, return_aux=aux, enable_gqa=kv != 6
+        )
+        return out * 2, lse * 2
+
+    rewritten: list[torch.fx.GraphModule] = []
+
+    def keep(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        rewritten.append(gm)
+        return lambda *args: (torch.empty(13, 6, 4), torch.empty(6, 13))
+
+    inputs = [torch.randn(13, heads, 4) for heads in (6, kv, kv)] + [torch.tensor([0, 5, 13], dtype=torch.int32)]
+    torch._dynamo.reset()
+    with fake_world(parts):
+        init_sequence_parallel()
+        torch.compile(body, backend=partial(sp_backend, options={"inner_backend": keep}))(*inputs)
+    graph = rewritten_graphs()[-1]
+    assert [site.strategy for site in graph.plan.sites] == ["ulysses"] and not graph.plan.fallbacks
+    assert collectives(graph)[-4:-2] == ["gather_heads_scatter_seq", "all_to_all_getitem_1"]
+    (node,) = rewritten[0].graph.find_nodes(op="call_function", target=torch.ops.torch_attn._varlen_attn.default)
+    assert [value.shape for value in node.meta["val"][:2]] == [(13, -(-6 // parts), 4), (-(-6 // parts), 13)]
 
 
 def test_roles_are_read_from_the_text() -> None:

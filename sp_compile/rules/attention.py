@@ -1,4 +1,7 @@
-"""Fused attention: `b h q d!, b h k! d!, b h k! v -> b h q v`; with grouped KV heads q is `b (g r) q d!`."""
+"""Fused attention: `b h q d!, b h k! d!, b h k! v -> b h q v`; with grouped KV heads q is `b (g r) q d!`.
+
+Packed, in documents that begin where `cu_seq` says: `q! h d!, k! h d!, k! h d!, n!, n! -> q! h d!, h q!`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.attention.varlen  # defines torch_attn::_varlen_attn
 from torch import fx
 
 from ..rule import Body, Dim, LocalOp, OpCall, OpShardingRule
@@ -16,7 +20,10 @@ from .registry import ATTENTION, AttentionRoles, decomposed_when, rule
 aten = torch.ops.aten
 
 
+packed_attention = torch.ops.torch_attn._varlen_attn.default
+
 ATTENTION[aten.scaled_dot_product_attention.default] = AttentionRoles()
+ATTENTION[packed_attention] = AttentionRoles((0, 0), (1, 0), (2, 0))
 
 
 @decomposed_when(aten.scaled_dot_product_attention.default)
@@ -98,3 +105,29 @@ def _causal(local: LocalOp) -> fx.Node:
     return local.emit(
         call.target, query, key, value, mask, 0.0, False, scale=call["scale"], enable_gqa=call["enable_gqa"]
     )
+
+
+@rule(packed_attention)
+def packed_attention_rule(call: OpCall) -> OpShardingRule | None:
+    """Heads pass. None for a paged cache, whose keys are in no order of tokens."""
+    if call["block_table"] is not None:
+        return None
+    query, key, value = (spec.shape for spec in call.operands[:3])
+    q, k, v = ((shape[1], shape[0], shape[2]) for shape in (query, key, value))  # heads before tokens
+    heads = head_factors(q, k, v, call["enable_gqa"])
+    if heads is None:
+        return None
+    of_query, of_key, sizes = heads
+    lengths_and_heads = [(("q",), of_query[0], query), (("k",), of_key[0], key), (("k",), of_key[0], value)]
+    operands: list[list[Dim]] = [
+        [dim if size != 1 else () for dim, size in zip((length, head, ("d",)), shape, strict=True)]
+        for length, head, shape in lengths_and_heads
+    ]
+    operands += [[()] * len(spec.shape) for spec in call.operands[3:]]
+    made: list[list[Dim]] = [operands[0], [operands[0][1], operands[0][0]], [()]]
+    bodies: dict[str, Body] = dict.fromkeys(of_query[0], _again)  # the state of the generator draws nothing
+    return fit(call, operands, made, sizes, need_replication=frozenset("qkd"), bodies=bodies)
+
+
+def _again(local: LocalOp) -> fx.Node:
+    return local.emit(local.call.target, *local.args, **local.kwargs)
