@@ -81,7 +81,7 @@ def _compile(
             raise FallbackError(f"{error}; without strict=True this graph runs unsharded") from error
         log.warning("a graph runs unsharded: %s", error)
         return _compile_inner(config, gm, example_inputs)
-    rules = GraphRules(captured.graph_module.graph)
+    rules = GraphRules(captured.graph_module.graph, captured.replicated)
     sites = find_attention(rules)
     plan = propagate(rules, sites, group.size(), config.attention)
     _report(plan.fallbacks, config.strict)
@@ -151,7 +151,8 @@ def _report(fallbacks: Sequence[Fallback], strict: bool) -> None:
     for fallback in fallbacks:
         text = f"{fallback.node.target} runs on gathered values: {fallback.reason} ({user_line(fallback.node)})"
         if strict:
-            raise FallbackError(f"{text}; give it a rule with register_sharding_rule, or compile without strict=True")
+            rule = "" if fallback.node.op == "call_module" else "give it a rule with register_sharding_rule, "
+            raise FallbackError(f"{text}; {rule}opt it out with replicated_region(), or compile without strict=True")
         log.warning("%s", text)
 
 

@@ -31,7 +31,7 @@ from torch.distributed._local_tensor import LocalTensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer, get_proxy_mode, make_fx, track_tensor_tree
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.fx.traceback import preserve_node_meta
+from torch.fx.traceback import get_current_meta, preserve_node_meta
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -39,6 +39,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sp_compile.canonicalize import ENTER_AUTOCAST, EXIT_AUTOCAST, GRAD_MODE, STATE, canonical
 from sp_compile.errors import CaptureError, user_line
 from sp_compile.opaque import collapse
+from sp_compile.region import in_replicated_region
 
 aten = torch.ops.aten
 
@@ -56,11 +57,13 @@ _DROPOUTS = (
 @dataclass(frozen=True)
 class CapturedGraph:
     """`graph_module` has Dynamo's placeholders and output; `inputs` are fakes for the former, and
-    `mutated_inputs` the positions of those that it writes to, at its end."""
+    `mutated_inputs` the positions of those that it writes to, at its end. `replicated` are the nodes
+    that the user put in a `replicated_region()`."""
 
     graph_module: GraphModule
     inputs: tuple[Any, ...]
     mutated_inputs: tuple[int, ...]
+    replicated: frozenset[Node]
 
 
 def capture(gm: GraphModule, example_inputs: Sequence[Any], keep: Keep) -> CapturedGraph:
@@ -75,7 +78,8 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any], keep: Keep) -> Captu
     traced, mutated, returned = _trace(gm, fake_mode, inputs, keep)
     graph_module = canonical(traced, gm, inputs, mutated, returned)
     _reject_shared_storage(gm, example_inputs, mutated)
-    return CapturedGraph(graph_module, tuple(inputs), mutated)
+    replicated = frozenset(filter(in_replicated_region, graph_module.graph.nodes))
+    return CapturedGraph(graph_module, tuple(inputs), mutated, replicated)
 
 
 def _bodies(gm: GraphModule) -> Iterator[GraphModule]:
@@ -332,7 +336,9 @@ class _DynamoInterpreter(Interpreter):
         graph = Graph()
         graph.output(graph.graph_copy(body.graph, {}))
         region = next(_CHECKPOINT_IDS)
+        around = get_current_meta().get("custom", {})
         for node in graph.nodes:
+            node.meta["custom"] = {**around, **node.meta.get("custom", {})}
             node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
             node.meta["ac_graph_id"] = region
         inner = _DynamoInterpreter(body, self._mode, graph)
