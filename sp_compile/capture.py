@@ -32,11 +32,20 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer, get_proxy_mode, make_fx, track_tensor_tree
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.traceback import get_current_meta, preserve_node_meta
+from torch.nn.attention import _cur_sdpa_kernel_backends, sdpa_kernel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sp_compile.canonicalize import ENTER_AUTOCAST, EXIT_AUTOCAST, GRAD_MODE, STATE, canonical
+from sp_compile.canonicalize import (
+    ENTER_AUTOCAST,
+    EXIT_AUTOCAST,
+    GRAD_MODE,
+    SDPA_BACKEND,
+    SDPA_BACKENDS,
+    STATE,
+    canonical,
+)
 from sp_compile.errors import CaptureError, user_line
 from sp_compile.opaque import collapse
 from sp_compile.region import in_replicated_region
@@ -45,7 +54,7 @@ aten = torch.ops.aten
 
 Keep = Callable[[OpOverload, tuple[Any, ...], dict[str, Any]], bool]
 
-_NO_EFFECT = (torch._C._log_api_usage_once, predispatch.lazy_load_decompositions)
+_NO_EFFECT = (torch._C._log_api_usage_once, predispatch.lazy_load_decompositions, SDPA_BACKEND)
 _DROPOUTS = (
     aten.dropout.default,
     aten.alpha_dropout.default,
@@ -158,6 +167,7 @@ class _Functionalize(FunctionalTensorMode):
     def __init__(self, whole: Keep, needs_grad: bool) -> None:
         super().__init__(pre_dispatch=True, export=False)
         self.grad_mode = torch.is_grad_enabled()
+        self.autocasts: list[torch.amp.autocast] = []
         self._whole = whole
         self._needs_grad = needs_grad
         # By address; kept alive, since an address is used again.
@@ -271,7 +281,6 @@ class _DynamoInterpreter(Interpreter):
         super().__init__(gm, graph=graph)
         self.extra_traceback = False
         self._mode = mode
-        self._autocasts: list[torch.amp.autocast] = []
         self.constants: list[FunctionalTensor] = []
 
     def run_node(self, n: Node) -> Any:
@@ -305,18 +314,21 @@ class _DynamoInterpreter(Interpreter):
             with torch._C.DisableTorchFunction():
                 autocast = torch.amp.autocast(device, dtype, enabled, cache_enabled=False)
                 autocast.__enter__()
-            self._autocasts.append(autocast)
+            self._mode.autocasts.append(autocast)
         elif target is EXIT_AUTOCAST:
             with torch._C.DisableTorchFunction():
-                self._autocasts.pop().__exit__(None, None, None)
+                self._mode.autocasts.pop().__exit__(None, None, None)
+        elif target is SDPA_BACKENDS:
+            # Nor does it record this; written as Dynamo does, by names, which a graph can be printed with.
+            tracer = _tracer()
+            names = [tracer.create_proxy("call_function", SDPA_BACKEND, (backend.name,), {}) for backend in args[0]]
+            tracer.create_proxy("call_function", SDPA_BACKENDS, (names, *args[1:]), {})
         return result
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record an opaque part as one node. Only its values are asked of it, outside of all tracing."""
         body, operands = self.fetch_attr(target), pytree.tree_map(_unwrap, args)
-        mode = get_proxy_mode()
-        assert mode is not None
-        tracer = cast(PythonKeyTracer, mode.tracer)
+        tracer = _tracer()
         tracer.root.add_module(target, body)
         tracer.graph.owning_module = cast(GraphModule, tracer.root)  # where dead code is looked for, by `_is_impure`
         proxies = pytree.tree_map(tracer.unwrap_proxy, operands)
@@ -348,6 +360,23 @@ class _DynamoInterpreter(Interpreter):
 
 
 _CHECKPOINT_IDS = itertools.count()
+
+
+def _tracer() -> PythonKeyTracer:
+    mode = get_proxy_mode()
+    assert mode is not None
+    return cast(PythonKeyTracer, mode.tracer)
+
+
+@contextmanager
+def _states_restored(mode: _Functionalize) -> Iterator[None]:
+    """A trace that ends early leaves no autocast behind, and no choice of attention kernels."""
+    with sdpa_kernel(_cur_sdpa_kernel_backends(with_priority=True), set_priority=True):
+        try:
+            yield
+        finally:
+            while mode.autocasts:
+                mode.autocasts.pop().__exit__(None, None, None)
 
 
 @contextmanager
@@ -382,7 +411,7 @@ def _trace(
         nonlocal mutated, returned
         mode = _Functionalize(lambda op, *call: op in whole or keep(op, *call), needs_grad)
         below = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
-        with torch._C._ExcludeDispatchKeyGuard(below), mode:
+        with torch._C._ExcludeDispatchKeyGuard(below), _states_restored(mode), mode:
             wrapped = [FunctionalTensor.to_functional(a) if isinstance(a, torch.Tensor) else a for a in args]
             interpreter = _DynamoInterpreter(gm, mode)
             outputs = interpreter.run(*wrapped)

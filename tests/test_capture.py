@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._higher_order_ops.scan import scan
 from torch._ops import OpOverload
 from torch.fx import GraphModule
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 from sp_compile.capture import CapturedGraph, capture, user_line
@@ -505,6 +507,43 @@ def test_what_would_lose_meaning_is_refused(name: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(Program(program, linear()), backend=backend)
     compiled(matrix() * 1)
+
+
+def test_a_refusal_leaves_no_state_behind() -> None:
+    def refused(m: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            return clamped_weight(m, x)
+
+    def backend(gm: GraphModule, example_inputs: list[Any]) -> GraphModule:
+        with pytest.raises(CaptureError, match="unseen by autograd"):
+            capture(gm, example_inputs, stays_whole)
+        assert not torch.is_autocast_enabled("cpu") and torch.backends.cuda.flash_sdp_enabled()
+        return gm
+
+    torch._dynamo.reset()
+    torch.compile(Program(refused, linear()), backend=backend)(matrix())
+
+
+def test_a_choice_of_attention_kernels_stays_where_it_is() -> None:
+    def chosen(m: Any, x: Tensor) -> Tensor:
+        y = m[0](x)[None, None]
+        with sdpa_kernel(SDPBackend.MATH):
+            y = F.scaled_dot_product_attention(y, y, y)
+        return F.scaled_dot_product_attention(y, y, y)
+
+    (graph,) = run(Program(chosen, linear()), matrix())
+    sdpa = aten.scaled_dot_product_attention.default
+    order = [t for t in targets(graph) if t in (torch.nn.attention._sdpa_kernel, sdpa)]
+    assert order == [torch.nn.attention._sdpa_kernel, sdpa, torch.nn.attention._sdpa_kernel, sdpa]
+    traced: list[OpOverload] = []
+
+    def compiler(gm: GraphModule, _: Any) -> GraphModule:
+        traced.extend(node.target for node in gm.graph.nodes if isinstance(node.target, OpOverload))
+        return gm
+
+    with torch.no_grad():
+        aot_autograd(fw_compiler=compiler)(graph.graph_module, list(graph.inputs))
+    assert traced.count(aten._scaled_dot_product_flash_attention_for_cpu.default) == 1
 
 
 def test_inputs_that_share_memory_may_not_be_written_to() -> None:
