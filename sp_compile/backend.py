@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
 
 from .capture import CapturedGraph, capture
 from .config import SequenceParallelConfig
 from .debug import RewrittenGraph, record
-from .errors import CaptureError, FallbackError, user_line
+from .errors import CaptureError, ConfigurationError, FallbackError, user_line
 from .graph import GraphRules
-from .group import current_epoch, rank_tensor, resolve_group
+from .group import current_epoch, cuts_graphs_for_ddp, rank_tensor, resolve_group
 from .ops import LOWERING_VERSION
 from .passes import find_attention, insert_collectives, propagate
 from .plan import Fallback
@@ -57,6 +58,7 @@ def sp_backend(
     if group is None or group.size() == 1:
         compiled = _compile_inner(config, gm, example_inputs)
     else:
+        _reject_cut_graphs()
         compiled = _compile(gm, example_inputs, config, group)
     epoch = current_epoch()
 
@@ -68,6 +70,16 @@ def sp_backend(
         return compiled(*args)
 
     return run
+
+
+def _reject_cut_graphs() -> None:
+    """With the option `group` alone, Dynamo's DDP optimizer is still on."""
+    if DistributedDataParallel._get_active_ddp_module() is not None and cuts_graphs_for_ddp():
+        raise ConfigurationError(
+            "torch.compile(DistributedDataParallel(model)): Dynamo's DDP optimizer cuts the graph in mid-block; "
+            "compile the model first and wrap it after, call init_sequence_parallel(), or set "
+            "torch._dynamo.config.optimize_ddp = False"
+        )
 
 
 def _compile(

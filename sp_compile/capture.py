@@ -34,7 +34,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.traceback import get_current_meta, preserve_node_meta
 from torch.nn.attention import _cur_sdpa_kernel_backends, sdpa_kernel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.checkpoint import CheckpointPolicy
+from torch.utils.checkpoint import CheckpointPolicy, _CachingTorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sp_compile.canonicalize import (
@@ -47,7 +47,7 @@ from sp_compile.canonicalize import (
     canonical,
 )
 from sp_compile.errors import CaptureError, user_line
-from sp_compile.opaque import collapse
+from sp_compile.opaque import CONTEXT_FN, collapse
 from sp_compile.region import in_replicated_region
 
 aten = torch.ops.aten
@@ -168,6 +168,8 @@ class _Functionalize(FunctionalTensorMode):
         super().__init__(pre_dispatch=True, export=False)
         self.grad_mode = torch.is_grad_enabled()
         self.autocasts: list[torch.amp.autocast] = []
+        self.policies: dict[int, _CachingTorchDispatchMode] = {}
+        """What a selective checkpoint saves, by the number of its region."""
         self._whole = whole
         self._needs_grad = needs_grad
         # By address; kept alive, since an address is used again.
@@ -353,6 +355,8 @@ class _DynamoInterpreter(Interpreter):
             node.meta["custom"] = {**around, **node.meta.get("custom", {})}
             node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
             node.meta["ac_graph_id"] = region
+        if CONTEXT_FN in body.meta:
+            self._mode.policies[region] = body.meta[CONTEXT_FN]()[0]
         inner = _DynamoInterpreter(body, self._mode, graph)
         result = inner.run(*args)
         self.constants += inner.constants
@@ -406,9 +410,10 @@ def _trace(
     whole: set[OpOverload] = set()  # found out not to survive decomposition
     mutated: tuple[int, ...] = ()
     returned: dict[int, int] = {}
+    policies: dict[int, _CachingTorchDispatchMode] = {}
 
     def functional(*args: Any) -> list[Any]:
-        nonlocal mutated, returned
+        nonlocal mutated, returned, policies
         mode = _Functionalize(lambda op, *call: op in whole or keep(op, *call), needs_grad)
         below = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
         with torch._C._ExcludeDispatchKeyGuard(below), _states_restored(mode), mode:
@@ -419,6 +424,7 @@ def _trace(
             if any(_is_mutated(x) for x in interpreter.constants):
                 raise CaptureError("the graph writes to a tensor that is no input of it")
             returned = _returned_inputs(outputs, wrapped, mutated)
+            policies = mode.policies
             return [_unwrap(x) for x in (*outputs, *(wrapped[i] for i in mutated))]
 
     table = {aten.copy.default: _copy}
@@ -426,10 +432,33 @@ def _trace(
     while True:
         try:
             with fake_mode, preserve_node_meta(), torch.set_grad_enabled(torch.is_grad_enabled()):
-                return trace(*inputs), mutated, returned
+                traced = trace(*inputs)
+                for region, policy in policies.items():
+                    _apply_policy(traced, region, policy)
+                return traced, mutated, returned
         except _HiddenGradMode as error:
             assert error.op is not None and error.op not in whole
             whole.add(error.op)
+
+
+def _apply_policy(traced: GraphModule, region: int, policy: _CachingTorchDispatchMode) -> None:
+    """Ask a selective checkpoint of the parts of each op of its region; an op is saved if one of its parts is."""
+    ask, answers = policy.policy_fn, list[CheckpointPolicy | bool]()
+
+    def asked(*args: Any, **kwargs: Any) -> CheckpointPolicy | bool:
+        answers.append(ask(*args, **kwargs))
+        return answers[-1]
+
+    policy.policy_fn = asked
+    for node in traced.graph.nodes:
+        if node.meta.get("ac_graph_id") == region and isinstance(node.target, OpOverload):
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            answers.clear()
+            with policy:
+                node.target(*args, **kwargs)
+            saving = [a for a in answers if a in (True, CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)]
+            if saving:
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE if saving[0] is True else saving[0]
 
 
 def _copy(destination: torch.Tensor, source: torch.Tensor, _: bool = False) -> Any:

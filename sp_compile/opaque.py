@@ -21,8 +21,12 @@ from torch._functorch import predispatch
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
+from torch.utils.checkpoint import _CachingTorchDispatchMode
 
 from sp_compile.errors import CaptureError, user_line
+
+CONTEXT_FN = "_checkpoint_context_fn"
+"""Where Dynamo leaves the contexts of a selective checkpoint, in the `meta` of its body."""
 
 _RETRACED = (tag_activation_checkpoint,)
 """Higher-order operators whose bodies are traced through."""
@@ -70,7 +74,10 @@ def _checkpointed(gm: GraphModule) -> dict[str, GraphModule]:
 
 def _is_retraced(gm: GraphModule, call: Node) -> bool:
     body: Any = call.args[0]
-    return call.target in _RETRACED and "_checkpoint_context_fn" not in getattr(gm, body.target).meta
+    make_contexts = getattr(gm, body.target).meta.get(CONTEXT_FN) if call.target in _RETRACED else None
+    # Of contexts other than those of `create_selective_checkpoint_contexts` it is not known what they do.
+    known = make_contexts is None or isinstance(make_contexts()[0], _CachingTorchDispatchMode)
+    return call.target in _RETRACED and known
 
 
 def _opaque_part(gm: GraphModule, nodes: Sequence[Node]) -> tuple[str, list[Node]]:

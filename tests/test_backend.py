@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from sp_compile import (
     FallbackError,
@@ -561,6 +561,56 @@ def test_a_checkpointed_region_is_computed_again_and_not_sent_for_again(partitio
         assert again == forward
         assert backward["all_to_all_single"] == 10
         assert saved < plain
+
+
+def of_24_features(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    saved = op is torch.ops.aten.addmm.default and args[1].shape[-1] == 24
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def saves_nothing() -> Any:
+    return create_selective_checkpoint_contexts([])
+
+
+def saves_linears() -> Any:
+    return create_selective_checkpoint_contexts([torch.ops.aten.addmm.default])
+
+
+def saves_some() -> Any:
+    return create_selective_checkpoint_contexts(of_24_features)
+
+
+class Selective(nn.Module):
+    def __init__(self, contexts: Callable[[], Any]) -> None:
+        super().__init__()
+        self.block, self.up, self.down = Block(3), nn.Linear(12, 24), nn.Linear(24, 12)
+        self.contexts = contexts
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.down(self.up(self.block(x)).cos()).cos()
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.body, x * 1, use_reentrant=False, context_fn=self.contexts)
+
+
+@pytest.mark.parametrize(("contexts", "again"), [(saves_nothing, 3), (saves_some, 2), (saves_linears, 0)])
+def test_a_selective_checkpoint_saves_what_it_says_and_shards(contexts: Callable[[], Any], again: int) -> None:
+    (graph,) = assert_equivalent(Selective(contexts).double(), (tokens(1, 7, 12),), parts=3)
+    assert collectives(graph) == [*LAYER, "gather_output_0"] and not graph.plan.fallbacks
+    counts: list[int] = []
+
+    def compiler(gm: fx.GraphModule, inputs: Any) -> Any:
+        counts.append(len(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.addmm.default)))
+        return gm.forward
+
+    inner = aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)
+    with fake_world(2):
+        torch._dynamo.reset()
+        init_sequence_parallel()
+        model = torch.compile(Selective(contexts), backend=partial(sp_backend, options={"inner_backend": inner}))
+        model(torch.randn(1, 7, 12)).sum().backward()
+    torch._dynamo.reset()
+    assert counts == [6, again]
 
 
 def test_a_graph_with_nothing_to_shard_goes_to_the_inner_backend_as_it_is() -> None:
