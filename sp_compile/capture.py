@@ -14,7 +14,7 @@ draws, updated inputs. What cannot be shown to keep that meaning raises `Capture
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,6 +23,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch._functorch import predispatch
 from torch._guards import TracingContext, detect_fake_mode
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -47,7 +48,7 @@ from sp_compile.canonicalize import (
     canonical,
 )
 from sp_compile.errors import CaptureError, user_line
-from sp_compile.opaque import CONTEXT_FN, collapse
+from sp_compile.opaque import CONTEXT_FN, RETRACED, collapse
 from sp_compile.region import in_replicated_region
 
 aten = torch.ops.aten
@@ -92,10 +93,11 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any], keep: Keep) -> Captu
 
 
 def _bodies(gm: GraphModule) -> Iterator[GraphModule]:
-    """`gm` and the checkpointed bodies below it."""
+    """`gm` and the bodies below it that are traced through."""
     yield gm
-    for node in gm.graph.find_nodes(op="call_function", target=tag_activation_checkpoint):
-        yield from _bodies(getattr(gm, node.args[0].target))
+    for target in RETRACED:
+        for node in gm.graph.find_nodes(op="call_function", target=target):
+            yield from _bodies(getattr(gm, node.args[0].target))
 
 
 def _reject_unsafe_nodes(gm: GraphModule) -> None:
@@ -277,7 +279,7 @@ def _has_autocast_policy(func: OpOverload, args: tuple[Any, ...]) -> bool:
 
 
 class _DynamoInterpreter(Interpreter):
-    """Runs a Dynamo graph under `mode`, with checkpointed bodies inlined and tagged."""
+    """Runs a Dynamo graph under `mode`, with bodies inlined and checkpointed ones tagged."""
 
     def __init__(self, gm: GraphModule, mode: _Functionalize, graph: Graph | None = None) -> None:
         super().__init__(gm, graph=graph)
@@ -307,6 +309,9 @@ class _DynamoInterpreter(Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is tag_activation_checkpoint:
             return self._inline_checkpoint(*args)
+        if target is invoke_subgraph:
+            body, _, *operands = args
+            return self._inline(body, operands, get_current_meta())
         result = super().call_function(target, args, kwargs)
         # make_fx records autocast without entering it: dtypes would be those before casting.
         if target is GRAD_MODE:
@@ -347,16 +352,19 @@ class _DynamoInterpreter(Interpreter):
 
     def _inline_checkpoint(self, body: GraphModule, *args: Any) -> Any:
         """The partitioner recomputes nodes that carry these two fields, wherever they stand."""
-        graph = Graph()
-        graph.output(graph.graph_copy(body.graph, {}))
         region = next(_CHECKPOINT_IDS)
-        around = get_current_meta().get("custom", {})
-        for node in graph.nodes:
-            node.meta["custom"] = {**around, **node.meta.get("custom", {})}
-            node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
-            node.meta["ac_graph_id"] = region
         if CONTEXT_FN in body.meta:
             self._mode.policies[region] = body.meta[CONTEXT_FN]()[0]
+        tags = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": region}
+        return self._inline(body, args, get_current_meta() | tags)
+
+    def _inline(self, body: GraphModule, args: Sequence[Any], around: Mapping[str, Any]) -> Any:
+        """Run a body where its call stands, whose region and checkpoint (in the meta `around`) it is in."""
+        graph = Graph()
+        graph.output(graph.graph_copy(body.graph, {}))
+        for node in graph.nodes:
+            node.meta["custom"] = {**around.get("custom", {}), **node.meta.get("custom", {})}
+            node.meta |= {key: around[key] for key in ("recompute", "ac_graph_id") if key in around}
         inner = _DynamoInterpreter(body, self._mode, graph)
         result = inner.run(*args)
         self.constants += inner.constants

@@ -262,6 +262,15 @@ def opaque_in_checkpoint(m: Any, x: Tensor) -> Any:
     return checkpoint(lambda t: F.dropout(TripledGradient.apply(m[0](t)), 0.5), x, use_reentrant=False)
 
 
+@torch.compiler.nested_compile_region
+def repeated(m: Any, x: Tensor) -> Tensor:
+    return F.dropout(TripledGradient.apply(m[0](x)), 0.3)
+
+
+def regions(m: Any, x: Tensor) -> Any:
+    return repeated(m, repeated(m, x)), checkpoint(lambda t: repeated(m, t).sin(), x, use_reentrant=False)
+
+
 def opaque_draw(m: Any, x: Tensor) -> Any:
     torch.vmap(torch.rand_like, randomness="different")(x)  # dead, and still drawn
     return F.dropout(m[0](x))
@@ -393,6 +402,12 @@ def test_composite_operators_are_decomposed_unless_kept() -> None:
     )
 
 
+def test_nested_compile_regions_are_inlined() -> None:
+    (graph,) = run(Program(regions, linear()), matrix())
+    assert targets(graph).count(aten.linear.default) == 3
+    assert len(graph.graph_module.graph.find_nodes(op="call_module", target="autograd_function_apply_1")) == 1
+
+
 def saved_for_backward(tagged: bool) -> int:
     saved: list[int] = []
 
@@ -478,6 +493,12 @@ def write_in_an_opaque_part(m: Any, x: Tensor) -> Tensor:
     return y
 
 
+def hooked(m: Any, x: Tensor) -> Tensor:
+    y = m[0](x)
+    y.register_hook(lambda gradient: gradient * 2)
+    return y.sin()
+
+
 def view_of_written_input(m: Any, x: Tensor) -> Any:
     x.mul_(2)
     return x.view(-1)
@@ -489,6 +510,7 @@ UNSAFE: dict[str, tuple[Callable[..., Any], str]] = {
     "detached write": (lambda m, x: (y := m[0](x), y.detach().add_(1), y)[2], "unseen by autograd"),
     "inference mode": (inference, "_enter_inference_mode"),
     "write to what vmap shares": (write_to_what_an_opaque_part_shares, "memory that an opaque part"),
+    "hook": (hooked, "register_hook has effects"),
     "write in vmap": (write_in_an_opaque_part, "vmap_0 writes to what it is given"),
     "view of a written input": (view_of_written_input, "view of an input"),
     "saved noise": (lambda m, x: F.rrelu(m[0](x), training=True), "rrelu"),
