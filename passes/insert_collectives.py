@@ -48,6 +48,8 @@ from sp_compile.sharding import (
 
 aten = torch.ops.aten
 RANK = "sp_rank"
+_KEPT = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id")
+_MOVING = ("sp::all_to_all", "sp::all_to_all_kv", "sp::all_gather", "sp::all_reduce", "sp::select_rows")
 
 
 @dataclass(frozen=True)
@@ -350,7 +352,9 @@ class _Writer:
     ) -> fx.Node:
         node = self.graph.call_function(target, args, kwargs)
         if origin is not None:
-            kept = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id")
+            # What was received is saved: a checkpointed region is computed again in backward, not sent for again.
+            moves = isinstance(target, torch._ops.OpOverload) and target._schema.name in _MOVING
+            kept = _KEPT[:2] if moves else _KEPT
             node.meta = {key: origin.meta[key] for key in kept if key in origin.meta}
             self.origins[node.name] = origin.name
         return node

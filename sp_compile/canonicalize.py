@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.attention
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -16,7 +17,9 @@ aten = torch.ops.aten
 GRAD_MODE = torch._C._set_grad_enabled
 ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
-STATE = (GRAD_MODE, ENTER_AUTOCAST, EXIT_AUTOCAST)
+SDPA_BACKEND = torch.nn.attention._backend_from_string
+SDPA_BACKENDS = torch.nn.attention._sdpa_kernel
+STATE = (GRAD_MODE, ENTER_AUTOCAST, EXIT_AUTOCAST, SDPA_BACKENDS)
 _ASSERTS = (
     aten._assert_async.default,
     aten._assert_async.msg,

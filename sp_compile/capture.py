@@ -14,7 +14,7 @@ draws, updated inputs. What cannot be shown to keep that meaning raises `Capture
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,6 +23,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch._functorch import predispatch
 from torch._guards import TracingContext, detect_fake_mode
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -31,21 +32,31 @@ from torch.distributed._local_tensor import LocalTensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer, get_proxy_mode, make_fx, track_tensor_tree
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.fx.traceback import preserve_node_meta
+from torch.fx.traceback import get_current_meta, preserve_node_meta
+from torch.nn.attention import _cur_sdpa_kernel_backends, sdpa_kernel
 from torch.overrides import _pop_mode, _push_mode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.checkpoint import CheckpointPolicy
+from torch.utils.checkpoint import CheckpointPolicy, _CachingTorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sp_compile.canonicalize import ENTER_AUTOCAST, EXIT_AUTOCAST, GRAD_MODE, STATE, canonical
+from sp_compile.canonicalize import (
+    ENTER_AUTOCAST,
+    EXIT_AUTOCAST,
+    GRAD_MODE,
+    SDPA_BACKEND,
+    SDPA_BACKENDS,
+    STATE,
+    canonical,
+)
 from sp_compile.errors import CaptureError, user_line
-from sp_compile.opaque import collapse
+from sp_compile.opaque import CONTEXT_FN, RETRACED, collapse
+from sp_compile.region import in_replicated_region
 
 aten = torch.ops.aten
 
 Keep = Callable[[OpOverload | HigherOrderOperator, tuple[Any, ...], dict[str, Any]], bool]
 
-_NO_EFFECT = (torch._C._log_api_usage_once, predispatch.lazy_load_decompositions)
+_NO_EFFECT = (torch._C._log_api_usage_once, predispatch.lazy_load_decompositions, SDPA_BACKEND)
 _DROPOUTS = (
     aten.dropout.default,
     aten.alpha_dropout.default,
@@ -57,11 +68,13 @@ _DROPOUTS = (
 @dataclass(frozen=True)
 class CapturedGraph:
     """`graph_module` has Dynamo's placeholders and output; `inputs` are fakes for the former, and
-    `mutated_inputs` the positions of those that it writes to, at its end."""
+    `mutated_inputs` the positions of those that it writes to, at its end. `replicated` are the nodes
+    that the user put in a `replicated_region()`."""
 
     graph_module: GraphModule
     inputs: tuple[Any, ...]
     mutated_inputs: tuple[int, ...]
+    replicated: frozenset[Node]
 
 
 def capture(gm: GraphModule, example_inputs: Sequence[Any], keep: Keep) -> CapturedGraph:
@@ -77,14 +90,16 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any], keep: Keep) -> Captu
     traced, mutated, returned = _trace(gm, fake_mode, inputs, keep)
     graph_module = canonical(traced, gm, inputs, mutated, returned)
     _reject_shared_storage(gm, example_inputs, mutated)
-    return CapturedGraph(graph_module, tuple(inputs), mutated)
+    replicated = frozenset(filter(in_replicated_region, graph_module.graph.nodes))
+    return CapturedGraph(graph_module, tuple(inputs), mutated, replicated)
 
 
 def _bodies(gm: GraphModule) -> Iterator[GraphModule]:
-    """`gm` and the checkpointed bodies below it."""
+    """`gm` and the bodies below it that are traced through."""
     yield gm
-    for node in gm.graph.find_nodes(op="call_function", target=tag_activation_checkpoint):
-        yield from _bodies(getattr(gm, node.args[0].target))
+    for target in RETRACED:
+        for node in gm.graph.find_nodes(op="call_function", target=target):
+            yield from _bodies(getattr(gm, node.args[0].target))
 
 
 def _reject_unsafe_nodes(gm: GraphModule) -> None:
@@ -156,6 +171,9 @@ class _Functionalize(FunctionalTensorMode):
     def __init__(self, whole: Keep, needs_grad: bool) -> None:
         super().__init__(pre_dispatch=True, export=False)
         self.grad_mode = torch.is_grad_enabled()
+        self.autocasts: list[torch.amp.autocast] = []
+        self.policies: dict[int, _CachingTorchDispatchMode] = {}
+        """What a selective checkpoint saves, by the number of its region."""
         self._whole = whole
         self._needs_grad = needs_grad
         # By address; kept alive, since an address is used again.
@@ -263,13 +281,12 @@ def _has_autocast_policy(func: OpOverload, args: tuple[Any, ...]) -> bool:
 
 
 class _DynamoInterpreter(Interpreter):
-    """Runs a Dynamo graph under `mode`, with checkpointed bodies inlined and tagged."""
+    """Runs a Dynamo graph under `mode`, with bodies inlined and checkpointed ones tagged."""
 
     def __init__(self, gm: GraphModule, mode: _Functionalize, graph: Graph | None = None) -> None:
         super().__init__(gm, graph=graph)
         self.extra_traceback = False
         self._mode = mode
-        self._autocasts: list[torch.amp.autocast] = []
         self.constants: list[FunctionalTensor] = []
 
     def run_node(self, n: Node) -> Any:
@@ -294,6 +311,9 @@ class _DynamoInterpreter(Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is tag_activation_checkpoint:
             return self._inline_checkpoint(*args)
+        if target is invoke_subgraph:
+            body, _, *operands = args
+            return self._inline(body, operands, get_current_meta())
         if isinstance(target, HigherOrderOperator):
             return self._record("call_function", target, target, args, kwargs)
         result = super().call_function(target, args, kwargs)
@@ -305,10 +325,15 @@ class _DynamoInterpreter(Interpreter):
             with torch._C.DisableTorchFunction():
                 autocast = torch.amp.autocast(device, dtype, enabled, cache_enabled=False)
                 autocast.__enter__()
-            self._autocasts.append(autocast)
+            self._mode.autocasts.append(autocast)
         elif target is EXIT_AUTOCAST:
             with torch._C.DisableTorchFunction():
-                self._autocasts.pop().__exit__(None, None, None)
+                self._mode.autocasts.pop().__exit__(None, None, None)
+        elif target is SDPA_BACKENDS:
+            # Nor does it record this; written as Dynamo does, by names, which a graph can be printed with.
+            tracer = _tracer()
+            names = [tracer.create_proxy("call_function", SDPA_BACKEND, (backend.name,), {}) for backend in args[0]]
+            tracer.create_proxy("call_function", SDPA_BACKENDS, (names, *args[1:]), {})
         return result
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -342,12 +367,19 @@ class _DynamoInterpreter(Interpreter):
 
     def _inline_checkpoint(self, body: GraphModule, *args: Any) -> Any:
         """The partitioner recomputes nodes that carry these two fields, wherever they stand."""
+        region = next(_CHECKPOINT_IDS)
+        if CONTEXT_FN in body.meta:
+            self._mode.policies[region] = body.meta[CONTEXT_FN]()[0]
+        tags = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": region}
+        return self._inline(body, args, get_current_meta() | tags)
+
+    def _inline(self, body: GraphModule, args: Sequence[Any], around: Mapping[str, Any]) -> Any:
+        """Run a body where its call stands, whose region and checkpoint (in the meta `around`) it is in."""
         graph = Graph()
         graph.output(graph.graph_copy(body.graph, {}))
-        region = next(_CHECKPOINT_IDS)
         for node in graph.nodes:
-            node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
-            node.meta["ac_graph_id"] = region
+            node.meta["custom"] = {**around.get("custom", {}), **node.meta.get("custom", {})}
+            node.meta |= {key: around[key] for key in ("recompute", "ac_graph_id") if key in around}
         inner = _DynamoInterpreter(body, self._mode, graph)
         result = inner.run(*args)
         self.constants += inner.constants
@@ -361,6 +393,17 @@ def _tracer() -> PythonKeyTracer:
     mode = get_proxy_mode()
     assert mode is not None
     return cast(PythonKeyTracer, mode.tracer)
+
+
+@contextmanager
+def _states_restored(mode: _Functionalize) -> Iterator[None]:
+    """A trace that ends early leaves no autocast behind, and no choice of attention kernels."""
+    with sdpa_kernel(_cur_sdpa_kernel_backends(with_priority=True), set_priority=True):
+        try:
+            yield
+        finally:
+            while mode.autocasts:
+                mode.autocasts.pop().__exit__(None, None, None)
 
 
 @contextmanager
@@ -393,12 +436,13 @@ def _trace(
     whole: set[OpOverload] = set()  # found out not to survive decomposition
     mutated: tuple[int, ...] = ()
     returned: dict[int, int] = {}
+    policies: dict[int, _CachingTorchDispatchMode] = {}
 
     def functional(*args: Any) -> list[Any]:
-        nonlocal mutated, returned
+        nonlocal mutated, returned, policies
         mode = _Functionalize(lambda op, *call: op in whole or keep(op, *call), needs_grad)
         below = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
-        with torch._C._ExcludeDispatchKeyGuard(below), mode:
+        with torch._C._ExcludeDispatchKeyGuard(below), _states_restored(mode), mode:
             wrapped = [FunctionalTensor.to_functional(a) if isinstance(a, torch.Tensor) else a for a in args]
             interpreter = _DynamoInterpreter(gm, mode)
             outputs = interpreter.run(*wrapped)
@@ -406,6 +450,7 @@ def _trace(
             if any(_is_mutated(x) for x in interpreter.constants):
                 raise CaptureError("the graph writes to a tensor that is no input of it")
             returned = _returned_inputs(outputs, wrapped, mutated)
+            policies = mode.policies
             return [_unwrap(x) for x in (*outputs, *(wrapped[i] for i in mutated))]
 
     table = {aten.copy.default: _copy}
@@ -413,10 +458,33 @@ def _trace(
     while True:
         try:
             with fake_mode, preserve_node_meta(), torch.set_grad_enabled(torch.is_grad_enabled()):
-                return trace(*inputs), mutated, returned
+                traced = trace(*inputs)
+                for region, policy in policies.items():
+                    _apply_policy(traced, region, policy)
+                return traced, mutated, returned
         except _HiddenGradMode as error:
             assert error.op is not None and error.op not in whole
             whole.add(error.op)
+
+
+def _apply_policy(traced: GraphModule, region: int, policy: _CachingTorchDispatchMode) -> None:
+    """Ask a selective checkpoint of the parts of each op of its region; an op is saved if one of its parts is."""
+    ask, answers = policy.policy_fn, list[CheckpointPolicy | bool]()
+
+    def asked(*args: Any, **kwargs: Any) -> CheckpointPolicy | bool:
+        answers.append(ask(*args, **kwargs))
+        return answers[-1]
+
+    policy.policy_fn = asked
+    for node in traced.graph.nodes:
+        if node.meta.get("ac_graph_id") == region and isinstance(node.target, OpOverload):
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            answers.clear()
+            with policy:
+                node.target(*args, **kwargs)
+            saving = [a for a in answers if a in (True, CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)]
+            if saving:
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE if saving[0] is True else saving[0]
 
 
 def _copy(destination: torch.Tensor, source: torch.Tensor, _: bool = False) -> Any:

@@ -18,14 +18,32 @@ from typing import Any
 
 import torch
 from torch._functorch import predispatch
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
+from torch.utils.checkpoint import _CachingTorchDispatchMode
 
 from sp_compile.errors import CaptureError, user_line
 
-_RETRACED = (tag_activation_checkpoint,)
-"""Higher-order operators whose bodies are traced through."""
+CONTEXT_FN = "_checkpoint_context_fn"
+"""Where Dynamo leaves the contexts of a selective checkpoint, in the `meta` of its body."""
+
+RETRACED = (tag_activation_checkpoint, invoke_subgraph)
+"""Higher-order operators whose bodies, their first arguments, are traced through."""
+
+_PURE = (
+    "autograd_function_apply",
+    "associative_scan",
+    "cond",
+    "flex_attention",
+    "map_impl",
+    "scan",
+    "tag_activation_checkpoint",
+    "while_loop",
+)
+"""Higher-order operators that do nothing but make values. Others do something to what they are given, as a kernel that
+writes or `register_hook` does, which on gathered values would be done to copies."""
 
 _MODES: dict[Callable[..., Any], tuple[str, Callable[..., Any]]] = {
     predispatch._vmap_increment_nesting: ("vmap", predispatch._vmap_decrement_nesting),
@@ -41,12 +59,13 @@ Known = Callable[[HigherOrderOperator], bool]
 
 
 def collapse(gm: GraphModule, known: Known) -> GraphModule:
-    """`gm` with each opaque part as one `call_module`, checkpointed bodies likewise; `gm` itself stays as it is.
+    """`gm` with each opaque part as one `call_module`, as are those of the bodies that are traced through.
 
-    Higher-order operators that are `known` are no opaque part: they stay as they are.
+    Higher-order operators that are `known` are no opaque part and stay. `gm` itself stays as it is. Raises
+    `CaptureError` where a part cannot be kept so.
     """
     nodes: list[Node] = list(gm.graph.nodes)
-    modules = {name: collapse(body, known) for name, body in _checkpointed(gm).items()}
+    modules = {name: collapse(body, known) for name, body in _retraced_bodies(gm).items()}
     graph = Graph()
     env: dict[Node, Node] = {}
     rest = nodes
@@ -69,14 +88,17 @@ def collapse(gm: GraphModule, known: Known) -> GraphModule:
     return collapsed
 
 
-def _checkpointed(gm: GraphModule) -> dict[str, GraphModule]:
-    calls = gm.graph.find_nodes(op="call_function", target=tag_activation_checkpoint)
+def _retraced_bodies(gm: GraphModule) -> dict[str, GraphModule]:
+    calls = [node for target in RETRACED for node in gm.graph.find_nodes(op="call_function", target=target)]
     return {node.args[0].target: getattr(gm, node.args[0].target) for node in calls if _is_retraced(gm, node)}
 
 
 def _is_retraced(gm: GraphModule, call: Node) -> bool:
     body: Any = call.args[0]
-    return call.target in _RETRACED and "_checkpoint_context_fn" not in getattr(gm, body.target).meta
+    make_contexts = getattr(gm, body.target).meta.get(CONTEXT_FN) if call.target in RETRACED else None
+    # Of contexts other than those of `create_selective_checkpoint_contexts` it is not known what they do.
+    known = make_contexts is None or isinstance(make_contexts()[0], _CachingTorchDispatchMode)
+    return call.target in RETRACED and known
 
 
 def _opaque_part(gm: GraphModule, nodes: Sequence[Node], known: Known) -> tuple[str, list[Node]]:
@@ -85,6 +107,8 @@ def _opaque_part(gm: GraphModule, nodes: Sequence[Node], known: Known) -> tuple[
     if first.op == "call_module":
         raise CaptureError(f"the opaque module {first.target} cannot be re-traced ({user_line(first)})")
     if isinstance(first.target, HigherOrderOperator) and not known(first.target) and not _is_retraced(gm, first):
+        if first.target.name() not in _PURE:
+            raise CaptureError(f"the higher-order operator {first.target.name()} has effects ({user_line(first)})")
         results = [node for node in nodes if node.target is getitem and node.args[0] is first]
         return first.target.name(), [first, *results]
     if first.target not in _MODES:
