@@ -23,7 +23,7 @@ from torch import fx
 from sp_compile.graph import GraphRules
 from sp_compile.plan import AttentionSite, SiteOperand
 from sp_compile.rule import Dim, OpShardingRule, factors_of
-from sp_compile.rules.attention import ATTENTION, AttentionRoles
+from sp_compile.rules.registry import ATTENTION, AttentionRoles
 from sp_compile.sharding import REPLICATED, Placement, Sharded, whole_layout
 
 
@@ -44,13 +44,11 @@ def find_attention(rules: GraphRules) -> tuple[AttentionSite, ...]:
 
 
 def _fused(node: fx.Node, rule: OpShardingRule, roles: AttentionRoles) -> AttentionSite:
-    query, key = rule.operands[roles.query], rule.operands[roles.key]
-    return AttentionSite(
-        (node,),
-        SiteOperand(node, roles.query, len(query) - 2),
-        SiteOperand(node, roles.key, len(key) - 2),
-        SiteOperand(node, roles.value, len(rule.operands[roles.value]) - 2),
-    )
+    def end(role: tuple[int, int]) -> SiteOperand:
+        index, dim = role
+        return SiteOperand(node, index, dim % len(rule.operands[index]))
+
+    return AttentionSite((node,), end(roles.query), end(roles.key), end(roles.value))
 
 
 def _factors(dims: Iterable[Dim]) -> set[str]:

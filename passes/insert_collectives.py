@@ -16,6 +16,7 @@ which it lacks passes `sp.replicate`, whose backward sums over ranks. The rank i
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,13 +26,14 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from sp_compile.config import SequenceParallelConfig
-from sp_compile.graph import GraphRules, is_tensor, source_of
+from sp_compile.graph import GraphRules, is_tensor, op_of, source_of
 from sp_compile.plan import ShardingPlan, SitePlan
-from sp_compile.rule import OpCall
+from sp_compile.rule import OpCall, argument_defaults, in_order
 from sp_compile.sharding import (
     REPLICATED,
     GroupedHeads,
@@ -46,6 +48,8 @@ from sp_compile.sharding import (
 
 aten = torch.ops.aten
 RANK = "sp_rank"
+_KEPT = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id")
+_MOVING = ("sp::all_to_all", "sp::all_to_all_kv", "sp::all_gather", "sp::all_reduce", "sp::select_rows")
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ class _Writer:
         self.region = 0
         self.current: fx.Node | None = None
         self.rank: fx.Node | None = None
+        self.modules: dict[str, fx.GraphModule] = {}
         self.trained = _trained(rules.graph)
         self.roles = _roles(plan.sites)
 
@@ -105,19 +110,25 @@ class _Writer:
                 placements = self._write_output(node)
             elif node.op != "placeholder":
                 self._write_node(node)
+        for graph in self.graph.find_nodes(op="get_attr"):
+            if not graph.users:
+                self.graph.erase_node(graph)
         self.graph.lint()
-        module = fx.GraphModule(self.graph_module, self.graph)
+        root = copy.copy(self.graph_module) if self.modules else self.graph_module
+        for name, each in self.modules.items():
+            root.add_module(name, each)
+        module = fx.GraphModule(root, self.graph)
         return ShardedGraph(module, self.origins, placements)
 
     # Nodes
 
     def _write_node(self, node: fx.Node) -> None:
-        value, plan = node.meta.get("val"), self.plan.nodes.get(node)
+        op, value, plan = op_of(node), node.meta.get("val"), self.plan.nodes.get(node)
         if node in self.written:
             return  # one of the results that a body made
         if node.op == "get_attr":
             self._copy(node)
-        elif not isinstance(node.target, torch._ops.OpOverload):
+        elif op is None:
             if isinstance(value, torch.SymInt) and self._known(size_of(value)):
                 return  # written where it is used, from the symbols
             if not _has_value(node):
@@ -126,7 +137,7 @@ class _Writer:
         elif isinstance(value, torch.SymInt) and self._known(size_of(value)):
             return
         elif plan is None or plan.sharding is None:
-            self.written[node] = self._named(self._add(node, node.target, *self._arguments(node, [])), node.name)
+            self.written[node] = self._named(self._add(node, op, *self._arguments(node, [])), node.name)
         else:
             local = _GraphOp(self, node)
             rule = self.rules.rule(node)
@@ -169,19 +180,12 @@ class _Writer:
                 if isinstance(inner, torch.SymInt) and self._known(size_of(inner)):
                     return self.size(size_of(inner))
                 return self.written[value]
-            if isinstance(value, (list, tuple)):
-                return type(value)(rewrite(each) for each in value)
             return value
 
-        assert isinstance(node.target, torch._ops.OpOverload)
-        args: list[Any] = []
-        kwargs: dict[str, Any] = {}
-        for position, argument in enumerate(node.target._schema.arguments):
-            if position < len(node.args):
-                args.append(rewrite(node.args[position]))
-            elif argument.name in node.kwargs:
-                kwargs[argument.name] = rewrite(node.kwargs[argument.name])
-        return tuple(args), kwargs
+        op = op_of(node)
+        assert op is not None
+        args, kwargs = pytree.tree_map(rewrite, in_order(op, node.args, node.kwargs))
+        return args, kwargs
 
     def _whole_operands(self, node: fx.Node) -> list[fx.Node]:
         """Every operand whole, but for those of which only dtype and device matter."""
@@ -359,7 +363,9 @@ class _Writer:
     ) -> fx.Node:
         node = self.graph.call_function(target, args, kwargs)
         if origin is not None:
-            kept = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id")
+            # What was received is saved: a checkpointed region is computed again in backward, not sent for again.
+            moves = isinstance(target, torch._ops.OpOverload) and target._schema.name in _MOVING
+            kept = _KEPT[:2] if moves else _KEPT
             node.meta = {key: origin.meta[key] for key in kept if key in origin.meta}
             self.origins[node.name] = origin.name
         return node
@@ -437,6 +443,11 @@ class _GraphOp:
         assert self._writer.rank is not None
         return self._writer.rank
 
+    def module(self, name: str, module: fx.GraphModule) -> fx.Node:
+        name = f"{name}_{self._writer.current}"
+        self._writer.modules[name] = module
+        return self._writer.graph.get_attr(name)
+
 
 def _call_locally(local: _GraphOp) -> fx.Node:
     """The op as it is, on local operands; a shape among its arguments becomes the local one."""
@@ -445,8 +456,7 @@ def _call_locally(local: _GraphOp) -> fx.Node:
         spec = local.call.results[0]
         assert spec is not None
         shape = [local.size(size) for size in local_shape(spec.shape, local.results[0], local.parts)]
-        names = [argument.name for argument in local.call.target._schema.arguments]
-        position = names.index(local.shape_argument)
+        position = list(argument_defaults(local.call.target)).index(local.shape_argument)
         if position < len(args):
             args[position] = shape
         else:
@@ -515,5 +525,7 @@ def _roles(sites: Sequence[SitePlan]) -> dict[fx.Node, str]:
         if planned.strategy == "ulysses":
             for name, value in zip("qkv", planned.moved, strict=True):
                 roles.setdefault(value, f"gather_seq_scatter_heads_{name}")
-            roles[planned.site.output] = "gather_heads_scatter_seq"
+            output = planned.site.output
+            first = [user for user in output.users if user.target is getitem and source_of(user)[1] == 0]
+            roles.update(dict.fromkeys(first if not is_tensor(output) else [output], "gather_heads_scatter_seq"))
     return roles

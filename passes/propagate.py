@@ -23,7 +23,7 @@ from operator import getitem
 import torch
 from torch import fx
 
-from sp_compile.graph import GraphRules, source_of
+from sp_compile.graph import GraphRules, computes, source_of
 from sp_compile.plan import AttentionSite, Fallback, NodePlan, ShardingPlan, SiteOperand, SitePlan
 from sp_compile.rule import OpSharding, OpShardingRule
 from sp_compile.sharding import (
@@ -136,7 +136,7 @@ class _Planner:
                 planned |= region.nodes
             if isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
                 continue  # numbers are those of the global shapes
-            if isinstance(node.target, torch._ops.OpOverload):
+            if computes(node):
                 self._find_home(node)
                 self.nodes[node] = planned.get(node) or self._plan_op(node)
             elif node.target is getitem:
@@ -178,7 +178,7 @@ class _Planner:
         whole = NodePlan(None, tuple(REPLICATED for _ in range(outputs)))
         sharded = [index for index, placement in enumerate(placements) if isinstance(placement, Sharded)]
         if rule is None:
-            if sharded:
+            if sharded and node not in self.rules.replicated:
                 self._fall_back(node, placements, None, "it has no sharding rule")
             return whole
         if not sharded:
@@ -408,9 +408,12 @@ class _Planner:
             homes[node] = next((each for each in carried if each != whole), whole)
             inside[node] = sharding.results
             plans[node] = NodePlan(sharding, sharding.results)
-        home = _result(homes, site.output)
-        if isinstance(home, Sharded):
-            plans[site.output] = replace(plans[site.output], delivered=(home,))
+        plan = plans[site.output]
+        delivered = tuple(
+            home if isinstance(home, Sharded) else made
+            for home, made in zip(homes[site.output], plan.delivered, strict=True)
+        )
+        plans[site.output] = replace(plan, delivered=delivered)
         for end in (site.key, site.value):
             self._exchange_before_repeat(end.node, end.index, plans)
         return plans

@@ -21,6 +21,7 @@ from .group import (
     get_sequence_parallel_world_size,
     init_sequence_parallel,
 )
+from .region import replicated_region
 from .rules import register_sharding_rule
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "get_sequence_parallel_world_size",
     "init_sequence_parallel",
     "register_sharding_rule",
+    "replicated_region",
     "rewritten_graphs",
     "sp_backend",
 ]

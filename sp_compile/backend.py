@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
 
 from .capture import CapturedGraph, capture
 from .config import SequenceParallelConfig
 from .debug import RewrittenGraph, record, record_unsharded
-from .errors import CaptureError, FallbackError, user_line
+from .errors import CaptureError, ConfigurationError, FallbackError, user_line
 from .graph import GraphRules
-from .group import current_epoch, rank_tensor, resolve_group
+from .group import current_epoch, cuts_graphs_for_ddp, rank_tensor, resolve_group
 from .ops import LOWERING_VERSION
 from .passes import find_attention, find_mixers, insert_collectives, propagate
 from .plan import Fallback
@@ -57,6 +58,7 @@ def sp_backend(
     if group is None or group.size() == 1:
         compiled = _compile_inner(config, gm, example_inputs)
     else:
+        _reject_cut_graphs()
         compiled = _compile(gm, example_inputs, config, group)
     epoch = current_epoch()
 
@@ -68,6 +70,16 @@ def sp_backend(
         return compiled(*args)
 
     return run
+
+
+def _reject_cut_graphs() -> None:
+    """With the option `group` alone, Dynamo's DDP optimizer is still on."""
+    if DistributedDataParallel._get_active_ddp_module() is not None and cuts_graphs_for_ddp():
+        raise ConfigurationError(
+            "torch.compile(DistributedDataParallel(model)): Dynamo's DDP optimizer cuts the graph in mid-block; "
+            "compile the model first and wrap it after, call init_sequence_parallel(), or set "
+            "torch._dynamo.config.optimize_ddp = False"
+        )
 
 
 def _compile(
@@ -82,7 +94,7 @@ def _compile(
         log.warning("a graph runs unsharded: %s", error)
         record_unsharded(gm, None, str(error))
         return _compile_inner(config, gm, example_inputs)
-    rules = GraphRules(captured.graph_module.graph)
+    rules = GraphRules(captured.graph_module.graph, captured.replicated)
     sites = find_attention(rules)
     mixers = () if sites else find_mixers(rules)
     plan = propagate(rules, sites, mixers, group.size(), config.attention)
@@ -154,7 +166,8 @@ def _report(fallbacks: Sequence[Fallback], strict: bool) -> None:
     for fallback in fallbacks:
         text = f"{fallback.node.target} runs on gathered values: {fallback.reason} ({user_line(fallback.node)})"
         if strict:
-            raise FallbackError(f"{text}; give it a rule with register_sharding_rule, or compile without strict=True")
+            rule = "" if fallback.node.op == "call_module" else "give it a rule with register_sharding_rule, "
+            raise FallbackError(f"{text}; {rule}opt it out with replicated_region(), or compile without strict=True")
         log.warning("%s", text)
 
 

@@ -6,19 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._ops import HigherOrderOperator, OpOverload
+import torch.nn.attention
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
-
-from sp_compile.errors import CaptureError, user_line
 
 aten = torch.ops.aten
 
 GRAD_MODE = torch._C._set_grad_enabled
 ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
-STATE = (GRAD_MODE, ENTER_AUTOCAST, EXIT_AUTOCAST)
+SDPA_BACKEND = torch.nn.attention._backend_from_string
+SDPA_BACKENDS = torch.nn.attention._sdpa_kernel
+STATE = (GRAD_MODE, ENTER_AUTOCAST, EXIT_AUTOCAST, SDPA_BACKENDS)
 _ASSERTS = (
     aten._assert_async.default,
     aten._assert_async.msg,
@@ -57,7 +58,7 @@ def canonical(
     for old in traced.graph.nodes:
         if old.target is GRAD_MODE:
             grad_mode = old.args[0]
-        if old.op in ("call_function", "get_attr"):
+        if old.op in ("call_function", "call_module", "get_attr"):
             env[old] = _rewrite(graph, traced, old, env, cuts_gradient=switches and not grad_mode)
     results: list[Any] = pytree.tree_map_only(
         Node,
@@ -86,8 +87,6 @@ def _short_name(name: str) -> str:
 
 def _rewrite(graph: Graph, traced: GraphModule, old: Node, env: dict[Node, Any], cuts_gradient: bool) -> Any:
     target = old.target
-    if isinstance(target, HigherOrderOperator):
-        raise CaptureError(f"{target.name()} is no ATen operator ({user_line(old)})")
     if target is aten._assert_tensor_metadata.default:
         return None
     operand: Any = old.args[0] if old.args else None
@@ -137,7 +136,7 @@ def _drop_empty_operands(cat: Node) -> None:
 
 
 def _has_effect(node: Node) -> bool:
-    """Nodes that stay without a user. Dead random operators stay too: they draw numbers."""
+    """Nodes that stay without a user. Dead random operators stay too: they draw numbers; opaque parts may."""
     if node.op != "call_function":
         return node.op != "get_attr"
     if node.target in STATE or node.target in _ASSERTS:

@@ -14,34 +14,49 @@ draws, updated inputs. What cannot be shown to keep that meaning raises `Capture
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
+from torch._functorch import predispatch
 from torch._guards import TracingContext, detect_fake_mode
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.distributed._local_tensor import LocalTensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import PythonKeyTracer, get_proxy_mode, make_fx, track_tensor_tree
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.fx.traceback import preserve_node_meta
+from torch.fx.traceback import get_current_meta, preserve_node_meta
+from torch.nn.attention import _cur_sdpa_kernel_backends, sdpa_kernel
+from torch.overrides import _pop_mode, _push_mode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.checkpoint import CheckpointPolicy
+from torch.utils.checkpoint import CheckpointPolicy, _CachingTorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sp_compile.canonicalize import ENTER_AUTOCAST, EXIT_AUTOCAST, GRAD_MODE, STATE, canonical
+from sp_compile.canonicalize import (
+    ENTER_AUTOCAST,
+    EXIT_AUTOCAST,
+    GRAD_MODE,
+    SDPA_BACKEND,
+    SDPA_BACKENDS,
+    STATE,
+    canonical,
+)
 from sp_compile.errors import CaptureError, user_line
+from sp_compile.opaque import CONTEXT_FN, RETRACED, collapse
+from sp_compile.region import in_replicated_region
 
 aten = torch.ops.aten
 
-Keep = Callable[[OpOverload, tuple[Any, ...], dict[str, Any]], bool]
+Keep = Callable[[OpOverload | HigherOrderOperator, tuple[Any, ...], dict[str, Any]], bool]
 
-_NO_EFFECT = (torch._C._log_api_usage_once,)
+_NO_EFFECT = (torch._C._log_api_usage_once, predispatch.lazy_load_decompositions, SDPA_BACKEND)
 _DROPOUTS = (
     aten.dropout.default,
     aten.alpha_dropout.default,
@@ -53,55 +68,47 @@ _DROPOUTS = (
 @dataclass(frozen=True)
 class CapturedGraph:
     """`graph_module` has Dynamo's placeholders and output; `inputs` are fakes for the former, and
-    `mutated_inputs` the positions of those that it writes to, at its end."""
+    `mutated_inputs` the positions of those that it writes to, at its end. `replicated` are the nodes
+    that the user put in a `replicated_region()`."""
 
     graph_module: GraphModule
     inputs: tuple[Any, ...]
     mutated_inputs: tuple[int, ...]
+    replicated: frozenset[Node]
 
 
 def capture(gm: GraphModule, example_inputs: Sequence[Any], keep: Keep) -> CapturedGraph:
     """Trace a Dynamo graph to ATen, whole where `keep` says so and decomposed elsewhere.
 
     `keep(op, args, kwargs)` tells of a call of a composite operator whether it stays whole; all
-    others are decomposed until none is left. Raises `CaptureError` where meaning would be lost.
+    others are decomposed until none is left. Likewise of a higher-order operator, by itself: one that
+    does not stay as it is becomes an opaque part (see `opaque`). Raises `CaptureError` where meaning would be lost.
     """
+    gm = collapse(gm, lambda op: keep(op, (), {}))
     _reject_unsafe_nodes(gm)
     fake_mode, inputs = _fakify(example_inputs)
     traced, mutated, returned = _trace(gm, fake_mode, inputs, keep)
     graph_module = canonical(traced, gm, inputs, mutated, returned)
     _reject_shared_storage(gm, example_inputs, mutated)
-    return CapturedGraph(graph_module, tuple(inputs), mutated)
+    replicated = frozenset(filter(in_replicated_region, graph_module.graph.nodes))
+    return CapturedGraph(graph_module, tuple(inputs), mutated, replicated)
 
 
 def _bodies(gm: GraphModule) -> Iterator[GraphModule]:
-    """`gm` and the checkpointed bodies below it."""
+    """`gm` and the bodies below it that are traced through."""
     yield gm
-    for node in gm.graph.find_nodes(op="call_function", target=tag_activation_checkpoint):
-        yield from _bodies(getattr(gm, node.args[0].target))
+    for target in RETRACED:
+        for node in gm.graph.find_nodes(op="call_function", target=target):
+            yield from _bodies(getattr(gm, node.args[0].target))
 
 
 def _reject_unsafe_nodes(gm: GraphModule) -> None:
     for body in _bodies(gm):
-        if "_checkpoint_context_fn" in body.meta:
-            raise CaptureError("a checkpoint with its own context_fn cannot be re-traced")
         for node in body.graph.nodes:
-            target = node.target
-            if isinstance(target, HigherOrderOperator) and target is not tag_activation_checkpoint:
-                reason = f"the higher-order operator {target.name()} cannot be re-traced"
-            elif node.op == "call_module":
-                reason = f"the opaque module {target} cannot be re-traced"
-            elif (
-                node.op == "call_function"
-                and not node.all_input_nodes
-                and "example_value" not in node.meta
-                and target not in (*STATE, *_NO_EFFECT)
-            ):
-                name = getattr(target, "__name__", str(target))
-                reason = f"{name} sets a mode (a context, vmap, grad) that an ATen graph has no node for"
-            else:
-                continue
-            raise CaptureError(f"{reason} ({user_line(node)})")
+            sets_mode = not node.all_input_nodes and "example_value" not in node.meta
+            if node.op == "call_function" and sets_mode and node.target not in (*STATE, *_NO_EFFECT):
+                name = getattr(node.target, "__name__", str(node.target))
+                raise CaptureError(f"{name} sets a mode that an ATen graph has no node for ({user_line(node)})")
 
 
 def _reject_shared_storage(gm: GraphModule, example_inputs: Sequence[Any], mutated: Sequence[int]) -> None:
@@ -164,11 +171,15 @@ class _Functionalize(FunctionalTensorMode):
     def __init__(self, whole: Keep, needs_grad: bool) -> None:
         super().__init__(pre_dispatch=True, export=False)
         self.grad_mode = torch.is_grad_enabled()
+        self.autocasts: list[torch.amp.autocast] = []
+        self.policies: dict[int, _CachingTorchDispatchMode] = {}
+        """What a selective checkpoint saves, by the number of its region."""
         self._whole = whole
         self._needs_grad = needs_grad
         # By address; kept alive, since an address is used again.
         self._storages_with_grad: dict[int, torch.UntypedStorage] = {}
         self._aliases: dict[int, tuple[torch.UntypedStorage, WeakTensorKeyDictionary]] = {}
+        self._shared: dict[int, torch.UntypedStorage] = {}
 
     def _can_decompose(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if not func._can_decompose():
@@ -188,6 +199,8 @@ class _Functionalize(FunctionalTensorMode):
             if torch.is_grad_enabled() != self.grad_mode:
                 raise _HiddenGradMode
             self._reject_untracked_write(func, args)
+        if self._shared and func._schema.is_mutable:
+            self._reject_write_to_shared(func, args)
         if func in _DROPOUTS and not (args[1] and args[2]):
             return args[0]  # as in eager mode: a later write to the one is seen in the other
         try:
@@ -199,6 +212,26 @@ class _Functionalize(FunctionalTensorMode):
             if error.op is None and self._can_decompose(func, args, kwargs or {}):
                 error.op = func
             raise
+
+    def note_aliases(self, values: Sequence[Any]) -> None:
+        """Of values around an opaque part, those that share their memory: it is not known how."""
+        owners: dict[int, list[FunctionalTensor]] = {}
+        for value in values:
+            if isinstance(value, FunctionalTensor):
+                owners.setdefault(_unwrap(value).untyped_storage()._cdata, []).append(value)
+        for sharing in owners.values():
+            storages = {value.untyped_storage()._cdata: value.untyped_storage() for value in sharing}
+            if len(storages) > 1:
+                self._shared |= storages
+
+    def _reject_write_to_shared(self, func: OpOverload, args: tuple[Any, ...]) -> None:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if (
+                argument.is_write
+                and isinstance(value, FunctionalTensor)
+                and value.untyped_storage()._cdata in self._shared
+            ):
+                raise CaptureError(f"{func} writes to memory that an opaque part of the graph shares")
 
     def _update_aliases(self, func: OpOverload, args: tuple[Any, ...], result: Any) -> None:
         """Make what a write has changed anew at once, and a view of it as soon as it is taken.
@@ -248,13 +281,12 @@ def _has_autocast_policy(func: OpOverload, args: tuple[Any, ...]) -> bool:
 
 
 class _DynamoInterpreter(Interpreter):
-    """Runs a Dynamo graph under `mode`, with checkpointed bodies inlined and tagged."""
+    """Runs a Dynamo graph under `mode`, with bodies inlined and checkpointed ones tagged."""
 
     def __init__(self, gm: GraphModule, mode: _Functionalize, graph: Graph | None = None) -> None:
         super().__init__(gm, graph=graph)
         self.extra_traceback = False
         self._mode = mode
-        self._autocasts: list[torch.amp.autocast] = []
         self.constants: list[FunctionalTensor] = []
 
     def run_node(self, n: Node) -> Any:
@@ -279,6 +311,11 @@ class _DynamoInterpreter(Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is tag_activation_checkpoint:
             return self._inline_checkpoint(*args)
+        if target is invoke_subgraph:
+            body, _, *operands = args
+            return self._inline(body, operands, get_current_meta())
+        if isinstance(target, HigherOrderOperator):
+            return self._record("call_function", target, target, args, kwargs)
         result = super().call_function(target, args, kwargs)
         # make_fx records autocast without entering it: dtypes would be those before casting.
         if target is GRAD_MODE:
@@ -288,20 +325,61 @@ class _DynamoInterpreter(Interpreter):
             with torch._C.DisableTorchFunction():
                 autocast = torch.amp.autocast(device, dtype, enabled, cache_enabled=False)
                 autocast.__enter__()
-            self._autocasts.append(autocast)
+            self._mode.autocasts.append(autocast)
         elif target is EXIT_AUTOCAST:
             with torch._C.DisableTorchFunction():
-                self._autocasts.pop().__exit__(None, None, None)
+                self._mode.autocasts.pop().__exit__(None, None, None)
+        elif target is SDPA_BACKENDS:
+            # Nor does it record this; written as Dynamo does, by names, which a graph can be printed with.
+            tracer = _tracer()
+            names = [tracer.create_proxy("call_function", SDPA_BACKEND, (backend.name,), {}) for backend in args[0]]
+            tracer.create_proxy("call_function", SDPA_BACKENDS, (names, *args[1:]), {})
         return result
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        body = self.fetch_attr(target)
+        _tracer().root.add_module(target, body)
+        return self._record("call_module", target, body, args, kwargs)
+
+    def _record(
+        self, kind: str, target: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Record a call as one node. Only its values are asked of it, outside of all tracing."""
+        tracer, operands = _tracer(), pytree.tree_map(_unwrap, (args, kwargs))
+        tracer.graph.owning_module = cast(GraphModule, tracer.root)  # where dead code is looked for, by `_is_impure`
+        proxies = pytree.tree_map(tracer.unwrap_proxy, operands)
+        names = {graph: name for name, graph in self.module.named_children()}
+        for leaf in pytree.tree_leaves(operands):
+            if isinstance(leaf, GraphModule) and leaf not in tracer.root.children():
+                name = names[leaf]
+                tracer.root.add_module(tracer.get_fresh_qualname(name) if hasattr(tracer.root, name) else name, leaf)
+        tensors = [leaf for leaf in pytree.tree_leaves(operands) if isinstance(leaf, torch.Tensor)]
+        versions = [x._version for x in tensors]
+        with _outside_tracing():
+            results = call(*operands[0], **operands[1])
+        if versions != [x._version for x in tensors]:
+            raise CaptureError(f"{target} writes to what it is given")
+        proxy = tracer.create_proxy(kind, target, *proxies)
+        track_tensor_tree(results, proxy, constant=None, tracer=tracer)
+        wrapped = pytree.tree_map_only(torch.Tensor, FunctionalTensor.to_functional, results)
+        self._mode.note_aliases(pytree.tree_leaves((args, wrapped)))
+        return wrapped
 
     def _inline_checkpoint(self, body: GraphModule, *args: Any) -> Any:
         """The partitioner recomputes nodes that carry these two fields, wherever they stand."""
+        region = next(_CHECKPOINT_IDS)
+        if CONTEXT_FN in body.meta:
+            self._mode.policies[region] = body.meta[CONTEXT_FN]()[0]
+        tags = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": region}
+        return self._inline(body, args, get_current_meta() | tags)
+
+    def _inline(self, body: GraphModule, args: Sequence[Any], around: Mapping[str, Any]) -> Any:
+        """Run a body where its call stands, whose region and checkpoint (in the meta `around`) it is in."""
         graph = Graph()
         graph.output(graph.graph_copy(body.graph, {}))
-        region = next(_CHECKPOINT_IDS)
         for node in graph.nodes:
-            node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
-            node.meta["ac_graph_id"] = region
+            node.meta["custom"] = {**around.get("custom", {}), **node.meta.get("custom", {})}
+            node.meta |= {key: around[key] for key in ("recompute", "ac_graph_id") if key in around}
         inner = _DynamoInterpreter(body, self._mode, graph)
         result = inner.run(*args)
         self.constants += inner.constants
@@ -309,6 +387,39 @@ class _DynamoInterpreter(Interpreter):
 
 
 _CHECKPOINT_IDS = itertools.count()
+
+
+def _tracer() -> PythonKeyTracer:
+    mode = get_proxy_mode()
+    assert mode is not None
+    return cast(PythonKeyTracer, mode.tracer)
+
+
+@contextmanager
+def _states_restored(mode: _Functionalize) -> Iterator[None]:
+    """A trace that ends early leaves no autocast behind, and no choice of attention kernels."""
+    with sdpa_kernel(_cur_sdpa_kernel_backends(with_priority=True), set_priority=True):
+        try:
+            yield
+        finally:
+            while mode.autocasts:
+                mode.autocasts.pop().__exit__(None, None, None)
+
+
+@contextmanager
+def _outside_tracing() -> Iterator[None]:
+    """Run what is inside on fake tensors with autograd, unseen by the trace."""
+    keys = torch._C._TorchDispatchModeKey
+    modes = [torch._ops.unset_mode_pre_dispatch(key) for key in (keys.FUNCTIONAL, keys.PROXY)]
+    # Taken off rather than disabled: a higher-order operator may bring modes of its own.
+    functions = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())]
+    try:
+        yield
+    finally:
+        for function in reversed(functions):
+            _push_mode(function)
+        for mode in reversed(modes):
+            torch._ops._set_mode_pre_dispatch(mode)
 
 
 def _trace(
@@ -325,12 +436,13 @@ def _trace(
     whole: set[OpOverload] = set()  # found out not to survive decomposition
     mutated: tuple[int, ...] = ()
     returned: dict[int, int] = {}
+    policies: dict[int, _CachingTorchDispatchMode] = {}
 
     def functional(*args: Any) -> list[Any]:
-        nonlocal mutated, returned
+        nonlocal mutated, returned, policies
         mode = _Functionalize(lambda op, *call: op in whole or keep(op, *call), needs_grad)
         below = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
-        with torch._C._ExcludeDispatchKeyGuard(below), mode:
+        with torch._C._ExcludeDispatchKeyGuard(below), _states_restored(mode), mode:
             wrapped = [FunctionalTensor.to_functional(a) if isinstance(a, torch.Tensor) else a for a in args]
             interpreter = _DynamoInterpreter(gm, mode)
             outputs = interpreter.run(*wrapped)
@@ -338,6 +450,7 @@ def _trace(
             if any(_is_mutated(x) for x in interpreter.constants):
                 raise CaptureError("the graph writes to a tensor that is no input of it")
             returned = _returned_inputs(outputs, wrapped, mutated)
+            policies = mode.policies
             return [_unwrap(x) for x in (*outputs, *(wrapped[i] for i in mutated))]
 
     table = {aten.copy.default: _copy}
@@ -345,10 +458,33 @@ def _trace(
     while True:
         try:
             with fake_mode, preserve_node_meta(), torch.set_grad_enabled(torch.is_grad_enabled()):
-                return trace(*inputs), mutated, returned
+                traced = trace(*inputs)
+                for region, policy in policies.items():
+                    _apply_policy(traced, region, policy)
+                return traced, mutated, returned
         except _HiddenGradMode as error:
             assert error.op is not None and error.op not in whole
             whole.add(error.op)
+
+
+def _apply_policy(traced: GraphModule, region: int, policy: _CachingTorchDispatchMode) -> None:
+    """Ask a selective checkpoint of the parts of each op of its region; an op is saved if one of its parts is."""
+    ask, answers = policy.policy_fn, list[CheckpointPolicy | bool]()
+
+    def asked(*args: Any, **kwargs: Any) -> CheckpointPolicy | bool:
+        answers.append(ask(*args, **kwargs))
+        return answers[-1]
+
+    policy.policy_fn = asked
+    for node in traced.graph.nodes:
+        if node.meta.get("ac_graph_id") == region and isinstance(node.target, OpOverload):
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            answers.clear()
+            with policy:
+                node.target(*args, **kwargs)
+            saving = [a for a in answers if a in (True, CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)]
+            if saving:
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE if saving[0] is True else saving[0]
 
 
 def _copy(destination: torch.Tensor, source: torch.Tensor, _: bool = False) -> Any:

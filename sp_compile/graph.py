@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cached_property
 from operator import getitem
 
 import sympy
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import FakeTensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
 
-from .rule import OpCall, OpShardingRule, TensorSpec
-from .rules import rule_for
+from .rule import Op, OpCall, OpShardingRule, TensorSpec, in_order
+from .rules import has_rule, rule_for
 from .sharding import Size
 
 
@@ -30,41 +33,49 @@ def source_of(value: fx.Node) -> tuple[fx.Node, int]:
     return value, 0
 
 
+def op_of(node: fx.Node) -> Op | None:
+    """The op that a node calls, if rules may speak of it: an overload, or a higher-order operator with a rule."""
+    target = node.target
+    if isinstance(target, OpOverload) or (isinstance(target, HigherOrderOperator) and has_rule(target)):
+        return target
+    return None
+
+
+def computes(node: fx.Node) -> bool:
+    """Whether a node is a call that makes values: of an op, or of an opaque part of the Dynamo graph."""
+    return op_of(node) is not None or node.op == "call_module"
+
+
 def operand_nodes(node: fx.Node) -> tuple[fx.Node, ...]:
     """The tensor operands of a call in the order of `OpCall.operands`: one entry per use, lists flattened."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    found: list[fx.Node] = []
-
-    def visit(value: object) -> None:
-        if isinstance(value, fx.Node):
-            if is_tensor(value):
-                found.append(value)
-        elif isinstance(value, (list, tuple)):
-            for each in value:
-                visit(each)
-
-    for position, argument in enumerate(node.target._schema.arguments):
-        visit(node.args[position] if position < len(node.args) else node.kwargs.get(argument.name))
-    return tuple(found)
+    op = op_of(node)
+    arguments = in_order(op, node.args, node.kwargs) if op is not None else node.args
+    leaves = pytree.tree_leaves(arguments) if computes(node) else ()
+    return tuple(leaf for leaf in leaves if isinstance(leaf, fx.Node) and is_tensor(leaf))
 
 
 class GraphRules:
-    """A captured graph with the rule of each of its nodes. Nothing here changes the graph."""
+    """A captured graph with the rule of each of its nodes. Nothing here changes the graph.
 
-    def __init__(self, graph: fx.Graph) -> None:
+    The nodes in `replicated` have none: the user has asked for them to run on whole values.
+    """
+
+    def __init__(self, graph: fx.Graph, replicated: Collection[fx.Node] = ()) -> None:
         self.graph = graph
+        self.replicated = frozenset(replicated)
         self._rules: dict[fx.Node, OpShardingRule | None] = {}
 
     def rule(self, node: fx.Node) -> OpShardingRule | None:
         """The op sharding rule of a node; None if it has to run on whole values."""
         if node not in self._rules:
-            computes = self.operands(node) and node.meta.get("val") is not None
-            self._rules[node] = rule_for(OpCall.of_node(node)) if computes else None
+            is_op = op_of(node) is not None and node not in self.replicated
+            known = is_op and self.operands(node) and node.meta.get("val") is not None
+            self._rules[node] = rule_for(OpCall.of_node(node)) if known else None
         return self._rules[node]
 
     def operands(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The tensor operands of a node, as in its rule."""
-        return operand_nodes(node) if isinstance(node.target, torch._ops.OpOverload) else ()
+        return operand_nodes(node)
 
     def shape(self, node: fx.Node) -> tuple[Size, ...]:
         """The global shape of a node's value."""

@@ -13,6 +13,7 @@ apart, so that a broadcast in flight never interleaves with the collectives of a
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ from torch.distributed._local_tensor._c10d import _prepare_collective_groups
 from torch.distributed.device_mesh import DeviceMesh
 
 from sp_compile.errors import ConfigurationError
+
+log = logging.getLogger(__name__)
 
 MESH_DIM_NAME = "sp"
 
@@ -40,6 +43,8 @@ class SequenceParallelState:
     data_group: ProcessGroup | None = None
     world: ProcessGroup | None = None
     """The default group that the others were made in; they die with it."""
+    optimize_ddp: bool | str | None = None
+    """Dynamo's setting of that name, where it was switched off; it comes back with the end of the groups."""
 
 
 _state = SequenceParallelState(epoch=0)
@@ -74,8 +79,26 @@ def init_sequence_parallel(sequence_parallel_size: int | None = None, *, device_
         [list(ranks) for ranks in zip(*sp_groups, strict=True)], group_desc="data_parallel"
     )
     data_group, _ = dist.new_subgroups_by_enumeration(sp_groups, backend=_data_backend(), group_desc="data")
-    _state = SequenceParallelState(_state.epoch + 1, group, data_parallel_group, data_group, dist.group.WORLD)
+    optimize_ddp = _switch_off_ddp_optimizer() if group.size() > 1 else None
+    _state = SequenceParallelState(
+        _state.epoch + 1, group, data_parallel_group, data_group, dist.group.WORLD, optimize_ddp
+    )
     torch._dynamo.reset()  # Dynamo does not guard on the group: what was compiled before compiles anew
+
+
+def cuts_graphs_for_ddp() -> bool:
+    """Whether Dynamo's DDP optimizer would cut the graphs of a model that is wrapped in DDP."""
+    return torch._dynamo.utils.get_optimize_ddp_mode() == "ddp_optimizer"
+
+
+def _switch_off_ddp_optimizer() -> bool | str | None:
+    """Under `torch.compile(DDP(model))` it cuts graphs in mid-block, where the two ends of an attention part."""
+    if not cuts_graphs_for_ddp():
+        return None
+    setting = torch._dynamo.config.optimize_ddp
+    torch._dynamo.config.optimize_ddp = False
+    log.info("torch._dynamo.config.optimize_ddp is off: the DDP optimizer would cut graphs in mid-block")
+    return setting
 
 
 def destroy_sequence_parallel() -> None:
@@ -89,6 +112,8 @@ def destroy_sequence_parallel() -> None:
     if state.group is None:
         return
     _state = SequenceParallelState(state.epoch + 1)
+    if state.optimize_ddp is not None:
+        torch._dynamo.config.optimize_ddp = state.optimize_ddp  # type: ignore[assignment]
     torch._dynamo.reset()
     dist.destroy_process_group(state.group)
     dist.destroy_process_group(state.data_parallel_group)

@@ -14,14 +14,16 @@ A dimension may be several factors, `(g r)`, outermost first, or streams laid en
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Protocol
+from functools import cache, cached_property
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils import _pytree as pytree
 
 from .errors import RuleError
@@ -41,6 +43,26 @@ from .sharding import (
 
 _CPU = torch.device("cpu")
 
+Op: TypeAlias = OpOverload | HigherOrderOperator
+
+
+@cache
+def argument_defaults(op: Op) -> Mapping[str, Any]:
+    """The arguments of an op in the order of its schema, with their defaults (None for want of one).
+
+    A higher-order operator has no schema: its arguments are those of its `__call__`.
+    """
+    if isinstance(op, OpOverload):
+        schema = op._schema.arguments
+        return {each.name: each.default_value if each.has_default_value() else None for each in schema}
+    parameters = inspect.signature(op).parameters.items()
+    return {name: None if each.default is each.empty else each.default for name, each in parameters}
+
+
+def in_order(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with the keywords in the order of the op's; tensors in this order are its operands."""
+    return tuple(args), {name: kwargs[name] for name in argument_defaults(op) if name in kwargs}
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -57,9 +79,9 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class OpCall:
-    """One call of an ATen overload as a rule sees it: arguments by schema name, tensors as `TensorSpec`s."""
+    """One call of an op as a rule sees it: arguments by name, tensors as `TensorSpec`s."""
 
-    target: torch._ops.OpOverload
+    target: Op
     arguments: Mapping[str, Any]
     operands: tuple[TensorSpec, ...]
     operand_names: tuple[str, ...]
@@ -70,17 +92,11 @@ class OpCall:
         return self.arguments[name]
 
     @staticmethod
-    def of(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> OpCall:
+    def of(target: Op, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> OpCall:
         """From values: tensors, fake tensors or numbers."""
-        arguments: dict[str, Any] = {}
-        for position, argument in enumerate(target._schema.arguments):
-            if position < len(args):
-                value = args[position]
-            elif argument.name in kwargs:
-                value = kwargs[argument.name]
-            else:
-                value = argument.default_value if argument.has_default_value() else None
-            arguments[argument.name] = pytree.tree_map_only(torch.Tensor, TensorSpec.of, value)
+        defaults = argument_defaults(target)
+        given = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
+        arguments = {name: pytree.tree_map_only(torch.Tensor, TensorSpec.of, value) for name, value in given.items()}
         operands, names = [], []
         for name, value in arguments.items():
             for leaf in pytree.tree_leaves(value):
@@ -93,10 +109,17 @@ class OpCall:
 
     @staticmethod
     def of_node(node: fx.Node) -> OpCall:
-        """From a node of a captured graph."""
-        assert isinstance(node.target, torch._ops.OpOverload)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        """From a node of a captured graph. A graph among the arguments, as of a `score_mod`, is a `GraphModule`."""
+        assert isinstance(node.target, (OpOverload, HigherOrderOperator))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), _value)
         return OpCall.of(node.target, args, kwargs, node.meta["val"])
+
+
+def _value(node: fx.Node) -> Any:
+    if node.op == "get_attr" and "val" not in node.meta:
+        assert node.graph.owning_module is not None and isinstance(node.target, str)
+        return node.graph.owning_module.get_submodule(node.target)
+    return node.meta["val"]
 
 
 Factors = tuple[str, ...]
@@ -164,6 +187,10 @@ class LocalOp(Protocol):
 
     def rank(self) -> fx.Node:
         """This rank's place in the group, int64 `[1]`."""
+        ...
+
+    def module(self, name: str, module: fx.GraphModule) -> fx.Node:
+        """A graph as an argument: what a higher-order operator calls."""
         ...
 
 
@@ -262,10 +289,12 @@ class OpShardingRule:
             if window is None:
                 return None
             cut = {**cut, made: window}
-        if not any(self._made(each) or each in self.bodies for each in cut):
-            return None
         operands = tuple(self._place(dims, cut) for dims in self.operands)
-        return OpSharding(factor, operands, tuple(self._place(dims, cut) or REPLICATED for dims in self.results))
+        results = tuple(self._place(dims, cut) for dims in self.results)
+        # A result without the factor is a sum over ranks, or made by each: its gradient is not that of one device.
+        if not all(results) and not any(each in self.bodies for each in cut):
+            return None
+        return OpSharding(factor, operands, tuple(result or REPLICATED for result in results))
 
     def _cut(self, dims: tuple[Dim, ...], placement: Placement, placements: Sequence[Placement]) -> Cut | None:
         """The factors that a placement of a tensor with these dimensions shards, each with its own layout."""
@@ -391,6 +420,16 @@ def _parse_term(text: str, rule: str, flagged: set[str]) -> _Term:
     return _Term(tuple(dims), additive, metadata)
 
 
+def own_dimension(text: str, operand: int, factor: str) -> int | None:
+    """Which dimension of an operand a factor is by itself, by the text alone; counted from the end behind `...`."""
+    terms = text.partition("->")[0].split(",")
+    dims = _parse_term(terms[operand], text, set()).dims if operand < len(terms) else ()
+    if (factor,) not in dims:
+        return None
+    at = dims.index((factor,))
+    return at - len(dims) if "..." in dims[:at] else at
+
+
 def parse_rule(text: str, call: OpCall, **extra: Any) -> OpShardingRule:
     """Read a rule and fit it to the shapes of one call.
 
@@ -407,6 +446,7 @@ def parse_rule(text: str, call: OpCall, **extra: Any) -> OpShardingRule:
     flagged: set[str] = set()
     terms = [_parse_term(part, text, flagged) for part in left.split(",")]
     made = [_parse_term(part, text, flagged) for part in right.split(",")]
+    assert isinstance(call.target, OpOverload)
     names = [a.name for a in call.target._schema.arguments if "Tensor" in str(a.type)]
     present = [term for term, name in zip(terms, names, strict=False) if name in call.operand_names]
     results = [spec for spec in call.results if spec is not None]
@@ -476,9 +516,11 @@ def _solve_sizes(bound: Sequence[Bound], text: str, call: OpCall) -> dict[str, S
                 sizes[unknown[0]] = quotient
                 break
         else:
-            break
-    ones = {factor for dim, size in dims if size == 1 for factor in dim}
-    sizes |= {factor: 1 for factor in ones if factor not in sizes}
+            # A single row may broadcast to a size that another dimension tells; these nothing else tells.
+            ones = {factor for dim, size in dims if size == 1 for factor in dim if factor not in sizes}
+            if not ones:
+                break
+            sizes |= dict.fromkeys(ones, 1)
     if wanted - set(sizes):
         raise RuleError(f"sharding rule {text!r}: nothing tells the size of {sorted(wanted - set(sizes))}")
     for dim, size in dims:

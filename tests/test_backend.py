@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from sp_compile import FallbackError, ops, register_sharding_rule, rewritten_graphs, sp_backend
+from sp_compile import (
+    FallbackError,
+    init_sequence_parallel,
+    ops,
+    register_sharding_rule,
+    replicated_region,
+    rewritten_graphs,
+    sp_backend,
+)
 
 from .equivalence import assert_equivalent, collectives, differences, run_simulated, step
 from .models import MODELS, gpt2, inputs_of, llama
@@ -389,6 +402,215 @@ def test_a_registered_rule_is_used() -> None:
 
     _, (graph,) = run_simulated(Custom().double(), (tokens(1, 7, 12),), parts=2)
     assert not graph.plan.fallbacks
+
+
+# Opted out
+
+
+class Tripled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0] * 3
+
+
+class OptedOut(nn.Module):
+    def __init__(self, body: Callable[..., Any]) -> None:
+        super().__init__()
+        self.body, self.block, self.inner = body, Block(3), Block(3)
+        self.scale = nn.Parameter(torch.randn(12))
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.block(self.body(self, self.block(x))) * self.scale
+
+
+def region_plain(m: Any, y: Tensor) -> Tensor:
+    with replicated_region():
+        return y.sort(1).values * m.scale
+
+
+@replicated_region()
+def region_decorator(m: Any, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        deviation = y.std(1, keepdim=True)
+    return y.cumsum(1) / deviation
+
+
+def region_around_attention(m: Any, y: Tensor) -> Tensor:
+    with replicated_region():
+        y = m.inner(y)
+        m.mean.add_(y.detach().mean())
+    return y + m.mean
+
+
+def region_nested(m: Any, y: Tensor) -> Tensor:
+    with replicated_region():
+        with replicated_region():
+            y = y.sort(1).values
+        return Tripled.apply(y)
+
+
+def region_in_checkpoint(m: Any, y: Tensor) -> Any:
+    return checkpoint(lambda t: region_plain(m, t) * m.scale, y, use_reentrant=False)
+
+
+def region_around_checkpoint(m: Any, y: Tensor) -> Any:
+    with replicated_region():
+        return checkpoint(lambda t: t.sort(1).values * m.scale, y, use_reentrant=False)
+
+
+def region_writes_to_a_view(m: Any, y: Tensor) -> Tensor:
+    y = y.clone()
+    with replicated_region():
+        v = y.view(1, 7, 3, 4)
+        v[:, 2:5, 1] *= 2
+    v.transpose(1, 2)[:, 0].add_(m.scale[:4])
+    return y
+
+
+REGIONS = [
+    region_plain,
+    region_decorator,
+    region_around_attention,
+    region_nested,
+    region_in_checkpoint,
+    region_around_checkpoint,
+    region_writes_to_a_view,
+]
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("body", REGIONS)
+def test_a_replicated_region_runs_whole_and_the_rest_shards(body: Callable[..., Any], dynamic: bool | None) -> None:
+    options = {"strict": body is not region_writes_to_a_view}
+    module = OptedOut(body).double()
+    (graph,) = assert_equivalent(module, (tokens(1, 7, 12),), parts=3, options=options, dynamic=dynamic)
+    assert [site.strategy for site in graph.plan.sites] == ["ulysses", "ulysses"]
+    assert any(name.startswith("all_gather") for name in collectives(graph))
+
+
+def test_only_the_region_is_opted_out() -> None:
+    def beside(m: Any, y: Tensor) -> Tensor:
+        index = torch.zeros(1, 1, 12, dtype=torch.int64)
+        with replicated_region():
+            z = y.scatter(1, index, 0.5)
+        return y.scatter(1, index, 0.1) + z
+
+    with pytest.raises(Exception, match=r"in beside: return y\.scatter.*replicated_region\(\)"):
+        run_simulated(OptedOut(beside).double(), (tokens(1, 7, 12),), parts=3, options={"strict": True})
+
+
+def test_an_opaque_part_is_refused_or_runs_whole() -> None:
+    module = OptedOut(lambda m, y: Tripled.apply(y)).double()
+    (graph,) = assert_equivalent(module, (tokens(1, 7, 12),), parts=3)
+    assert [str(fallback.node) for fallback in graph.plan.fallbacks] == ["autograd_function_apply_0"]
+    assert [site.strategy for site in graph.plan.sites] == ["ulysses", "ulysses"]
+    with pytest.raises(Exception, match=r"autograd_function_apply_0 runs on gathered.*; opt it out with"):
+        run_simulated(module, (tokens(1, 7, 12),), parts=3, options={"strict": True})
+
+
+# Activation checkpointing
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, how: Mapping[str, Any] | None, p: float) -> None:
+        super().__init__()
+        self.first, self.second, self.how, self.p = Block(3), Block(3), how, p
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.second(F.dropout(self.first(x).softmax(1).sin(), self.p)).mean(1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(x) if self.how is None else checkpoint(self.body, x * 1, **self.how)
+
+
+def lowered(how: Mapping[str, Any] | None, p: float, partition: Callable[..., Any]) -> tuple[list[Counter[str]], int]:
+    """The collectives of the forward and the backward graph, and how many bytes wait from one for the other."""
+    counts: list[Counter[str]] = []
+    saved: list[int] = []
+
+    def compiler(gm: fx.GraphModule, inputs: Any) -> Any:
+        functional = [n.target for n in gm.graph.nodes if getattr(n.target, "namespace", "") == "_c10d_functional"]
+        counts.append(Counter(target._opname for target in functional))
+        outputs: Any = gm.graph.output_node().args[0]
+        values = [each.meta["val"] for each in outputs if each is not None and each.op != "placeholder"]
+        saved.append(sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor) and v.dim() > 1))
+        return gm.forward
+
+    inner = aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=partition)
+    with fake_world(2):
+        torch._dynamo.reset()
+        init_sequence_parallel()
+        model = torch.compile(Checkpointed(how, p), backend=partial(sp_backend, options={"inner_backend": inner}))
+        model(torch.randn(1, 70, 12)).sum().backward()
+    torch._dynamo.reset()
+    return counts, saved[0]
+
+
+@pytest.mark.parametrize("partition", [min_cut_rematerialization_partition, default_partition])
+def test_a_checkpointed_region_is_computed_again_and_not_sent_for_again(partition: Callable[..., Any]) -> None:
+    (forward, _), plain = lowered(None, 0.0, min_cut_rematerialization_partition)
+    # q, k, v and the way home of two sites, one softmax over tokens that borrows channels and returns, one mean
+    assert forward == {"all_to_all_single": 10, "all_reduce": 1, "wait_tensor": 11}
+    for how in ({"use_reentrant": False}, {"use_reentrant": True, "preserve_rng_state": False}):
+        (again, backward), saved = lowered(how, 0.1, partition)
+        assert again == forward
+        assert backward["all_to_all_single"] == 10
+        assert saved < plain
+
+
+def of_24_features(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    saved = op is torch.ops.aten.addmm.default and args[1].shape[-1] == 24
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def saves_nothing() -> Any:
+    return create_selective_checkpoint_contexts([])
+
+
+def saves_linears() -> Any:
+    return create_selective_checkpoint_contexts([torch.ops.aten.addmm.default])
+
+
+def saves_some() -> Any:
+    return create_selective_checkpoint_contexts(of_24_features)
+
+
+class Selective(nn.Module):
+    def __init__(self, contexts: Callable[[], Any]) -> None:
+        super().__init__()
+        self.block, self.up, self.down = Block(3), nn.Linear(12, 24), nn.Linear(24, 12)
+        self.contexts = contexts
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.down(self.up(self.block(x)).cos()).cos()
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.body, x * 1, use_reentrant=False, context_fn=self.contexts)
+
+
+@pytest.mark.parametrize(("contexts", "again"), [(saves_nothing, 3), (saves_some, 2), (saves_linears, 0)])
+def test_a_selective_checkpoint_saves_what_it_says_and_shards(contexts: Callable[[], Any], again: int) -> None:
+    (graph,) = assert_equivalent(Selective(contexts).double(), (tokens(1, 7, 12),), parts=3)
+    assert collectives(graph) == [*LAYER, "gather_output_0"] and not graph.plan.fallbacks
+    counts: list[int] = []
+
+    def compiler(gm: fx.GraphModule, inputs: Any) -> Any:
+        counts.append(len(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.addmm.default)))
+        return gm.forward
+
+    inner = aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)
+    with fake_world(2):
+        torch._dynamo.reset()
+        init_sequence_parallel()
+        model = torch.compile(Selective(contexts), backend=partial(sp_backend, options={"inner_backend": inner}))
+        model(torch.randn(1, 7, 12)).sum().backward()
+    torch._dynamo.reset()
+    assert counts == [6, again]
 
 
 def test_a_graph_with_nothing_to_shard_goes_to_the_inner_backend_as_it_is() -> None:

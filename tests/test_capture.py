@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._higher_order_ops.scan import scan
 from torch._ops import OpOverload
 from torch.fx import GraphModule
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 from sp_compile.capture import CapturedGraph, capture, user_line
@@ -212,6 +215,67 @@ def attention(m: Any, x: Tensor) -> Any:
     return m[0](x, x, x)
 
 
+class TripledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0] * 3
+
+
+class Flipped(torch.autograd.Function):
+    """A view of its input, with the gradient reversed; and a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Any:
+        ctx.save_for_backward(x)
+        return x.view_as(x), (x @ w).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return -0.5 * gradients[0] * x, x.t() @ x * gradients[1]
+
+
+def custom_backwards(m: Any, x: Tensor) -> Any:
+    y, z = Flipped.apply(m[0](x), m[0].weight)
+    with torch.no_grad():
+        u = TripledGradient.apply(y)
+    return TripledGradient.apply(TripledGradient.apply(y)) * u, z, m[0].weight * z
+
+
+def transforms(m: Any, x: Tensor) -> Any:
+    y = torch.vmap(lambda row: torch.vmap(torch.sin)(row) * m[0].bias)(m[0](x))
+    return y, torch.func.grad(lambda t: (t.sin() * m[0].weight).sum())(y.cos())
+
+
+def branches(m: Any, x: Tensor) -> Any:
+    y = m[0](x)
+    return torch.cond(y.sum() > 0, lambda t: t.sin() * m[0].bias, torch.cos, (y,)), *scan(
+        lambda c, t: (c * 0.5 + t, c + t * m[0].bias), y[0] * 2, y
+    )
+
+
+def opaque_in_checkpoint(m: Any, x: Tensor) -> Any:
+    return checkpoint(lambda t: F.dropout(TripledGradient.apply(m[0](t)), 0.5), x, use_reentrant=False)
+
+
+@torch.compiler.nested_compile_region
+def repeated(m: Any, x: Tensor) -> Tensor:
+    return F.dropout(TripledGradient.apply(m[0](x)), 0.3)
+
+
+def regions(m: Any, x: Tensor) -> Any:
+    return repeated(m, repeated(m, x)), checkpoint(lambda t: repeated(m, t).sin(), x, use_reentrant=False)
+
+
+def opaque_draw(m: Any, x: Tensor) -> Any:
+    torch.vmap(torch.rand_like, randomness="different")(x)  # dead, and still drawn
+    return F.dropout(m[0](x))
+
+
 LABELS = torch.tensor([0, 1, 2, -100, 3, 4])
 PROGRAMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (lambda: nn.Sequential(linear(), nn.GELU(), nn.LayerNorm(6), linear()), (6, 6)),
@@ -233,6 +297,11 @@ PROGRAMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: Program(lambda m, x: F.cross_entropy(m[0](x), LABELS), linear()),
         (6, 6),
     ),
+    "custom backward": (lambda: Program(custom_backwards, linear()), (6, 6)),
+    "transforms": (lambda: Program(transforms, linear()), (6, 6)),
+    "branches": (lambda: Program(branches, linear()), (6, 6)),
+    "opaque in checkpoint": (lambda: Program(opaque_in_checkpoint, linear()), (6, 6)),
+    "opaque draw": (lambda: Program(opaque_draw, linear()), (6, 6)),
     "dropout": (lambda: Program(in_place_after_dropout, linear()), (6, 6)),
     "draws": (lambda: Program(draws, linear()), (6, 6)),
     "attention": (lambda: Program(attention, nn.MultiheadAttention(6, 2, 0.1)), (5, 2, 6)),
@@ -333,6 +402,12 @@ def test_composite_operators_are_decomposed_unless_kept() -> None:
     )
 
 
+def test_nested_compile_regions_are_inlined() -> None:
+    (graph,) = run(Program(regions, linear()), matrix())
+    assert targets(graph).count(aten.linear.default) == 3
+    assert len(graph.graph_module.graph.find_nodes(op="call_module", target="autograd_function_apply_1")) == 1
+
+
 def saved_for_backward(tagged: bool) -> int:
     saved: list[int] = []
 
@@ -388,16 +463,6 @@ def test_user_line_and_short_names() -> None:
     assert names == ["parts_0_weight", "parts_0_bias", "inputs_0", "parts_1_weight", "parts_1_bias"]
 
 
-class TripledGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return gradients[0] * 3
-
-
 @torch._dynamo.allow_in_graph
 def opaque_to_dynamo(x: Tensor) -> Tensor:
     return TripledGradient.apply(x)
@@ -415,19 +480,38 @@ def inference(m: Any, x: Tensor) -> Tensor:
     return x + 1
 
 
+def write_to_what_an_opaque_part_shares(m: Any, x: Tensor) -> Tensor:
+    y = m[0](x)
+    z = torch.vmap(lambda row: row[1:])(y)
+    y.add_(1)
+    return z
+
+
+def write_in_an_opaque_part(m: Any, x: Tensor) -> Tensor:
+    y = m[0](x)
+    torch.vmap(lambda row: row.add_(1))(y)
+    return y
+
+
+def hooked(m: Any, x: Tensor) -> Tensor:
+    y = m[0](x)
+    y.register_hook(lambda gradient: gradient * 2)
+    return y.sin()
+
+
 def view_of_written_input(m: Any, x: Tensor) -> Any:
     x.mul_(2)
     return x.view(-1)
 
 
 UNSAFE: dict[str, tuple[Callable[..., Any], str]] = {
-    "custom backward": (lambda m, x: TripledGradient.apply(m[0](x)), "autograd_function_apply"),
     "opaque custom backward": (lambda m, x: opaque_to_dynamo(m[0](x)), "custom backward"),
-    "vmap": (lambda m, x: torch.vmap(lambda r: r.sin())(x), "vmap"),
-    "cond": (lambda m, x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)), "operator cond"),
     "weight written under no_grad": (clamped_weight, "unseen by autograd.*weight.clamp_"),
     "detached write": (lambda m, x: (y := m[0](x), y.detach().add_(1), y)[2], "unseen by autograd"),
     "inference mode": (inference, "_enter_inference_mode"),
+    "write to what vmap shares": (write_to_what_an_opaque_part_shares, "memory that an opaque part"),
+    "hook": (hooked, "register_hook has effects"),
+    "write in vmap": (write_in_an_opaque_part, "vmap_0 writes to what it is given"),
     "view of a written input": (view_of_written_input, "view of an input"),
     "saved noise": (lambda m, x: F.rrelu(m[0](x), training=True), "rrelu"),
 }
@@ -445,6 +529,43 @@ def test_what_would_lose_meaning_is_refused(name: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(Program(program, linear()), backend=backend)
     compiled(matrix() * 1)
+
+
+def test_a_refusal_leaves_no_state_behind() -> None:
+    def refused(m: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            return clamped_weight(m, x)
+
+    def backend(gm: GraphModule, example_inputs: list[Any]) -> GraphModule:
+        with pytest.raises(CaptureError, match="unseen by autograd"):
+            capture(gm, example_inputs, stays_whole)
+        assert not torch.is_autocast_enabled("cpu") and torch.backends.cuda.flash_sdp_enabled()
+        return gm
+
+    torch._dynamo.reset()
+    torch.compile(Program(refused, linear()), backend=backend)(matrix())
+
+
+def test_a_choice_of_attention_kernels_stays_where_it_is() -> None:
+    def chosen(m: Any, x: Tensor) -> Tensor:
+        y = m[0](x)[None, None]
+        with sdpa_kernel(SDPBackend.MATH):
+            y = F.scaled_dot_product_attention(y, y, y)
+        return F.scaled_dot_product_attention(y, y, y)
+
+    (graph,) = run(Program(chosen, linear()), matrix())
+    sdpa = aten.scaled_dot_product_attention.default
+    order = [t for t in targets(graph) if t in (torch.nn.attention._sdpa_kernel, sdpa)]
+    assert order == [torch.nn.attention._sdpa_kernel, sdpa, torch.nn.attention._sdpa_kernel, sdpa]
+    traced: list[OpOverload] = []
+
+    def compiler(gm: GraphModule, _: Any) -> GraphModule:
+        traced.extend(node.target for node in gm.graph.nodes if isinstance(node.target, OpOverload))
+        return gm
+
+    with torch.no_grad():
+        aot_autograd(fw_compiler=compiler)(graph.graph_module, list(graph.inputs))
+    assert traced.count(aten._scaled_dot_product_flash_attention_for_cpu.default) == 1
 
 
 def test_inputs_that_share_memory_may_not_be_written_to() -> None:

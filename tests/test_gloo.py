@@ -220,6 +220,54 @@ def test_local_gradients_under_ddp(gloo2: GlooPool) -> None:
     assert max(gloo2.run(with_ddp)) < 1e-5
 
 
+class TwoBuckets(nn.Module):
+    """More than a megabyte of parameters in each half, which DDP makes two buckets of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.up, self.down, self.second = Block(), nn.Linear(12, 22000), nn.Linear(22000, 12), Block(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(self.down(self.up(self.first(x)).sin()))
+        return out
+
+
+def compiled_after_ddp() -> tuple[float, int, bool]:
+    """`torch.compile(DDP(model))`: Dynamo's DDP optimizer would cut it in two."""
+    alone = TwoBuckets()
+    model = copy.deepcopy(alone)
+    x = torch.randn(1, 7, 12)
+    alone(x).square().mean().backward()
+    known = {graph.name for graph in rewritten_graphs()}
+    ddp = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1)
+    torch.compile(ddp, backend=partial(sp_backend, options={"inner_backend": "aot_eager"}))(
+        x
+    ).square().mean().backward()
+    graphs = {graph.name for graph in rewritten_graphs()} - known
+    destroy_sequence_parallel()
+    return max(gradient_errors(alone, model).values()), len(graphs), bool(torch._dynamo.config.optimize_ddp)
+
+
+def test_ddp_around_the_model_does_not_cut_its_graph(gloo2: GlooPool) -> None:
+    for error, graphs, restored in gloo2.run(compiled_after_ddp):
+        assert error < 1e-5 and graphs == 1 and restored
+
+
+def compiled_after_ddp_with_a_group() -> str:
+    destroy_sequence_parallel()
+    ddp = nn.parallel.DistributedDataParallel(Block())
+    try:
+        torch.compile(ddp, backend="sp_compile", options={"group": dist.group.WORLD})(torch.randn(1, 7, 12))
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+def test_ddp_that_would_cut_the_graph_is_refused(gloo2: GlooPool) -> None:
+    for error in gloo2.run(compiled_after_ddp_with_a_group):
+        assert "ConfigurationError" in error and "optimize_ddp = False" in error
+
+
 def with_data_parallel() -> float:
     """Four ranks, two by two: gradients averaged over the data-parallel group only."""
     init_sequence_parallel(1)

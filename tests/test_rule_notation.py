@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sp_compile.errors import RuleError
-from sp_compile.rule import Joined, OpCall, TensorSpec, divide, parse_rule
+from sp_compile.rule import Joined, OpCall, OpShardingRule, TensorSpec, divide, parse_rule
 from sp_compile.rules import register_sharding_rule, rule_for
 from sp_compile.sharding import Layout, Segment, Sharded, Size, whole_layout
 
@@ -53,6 +53,19 @@ def test_size_one_has_no_factor() -> None:
     matmul = call(aten.matmul.default, (11, 2, 5, 3), self=spec(2, 5, 7), other=spec(11, 1, 7, 3))
     rule = parse_rule("... m k, ... k n -> ... m n", matmul)
     assert rule.operands[1] == ((".2",), (), ("k",), ("n",))
+
+
+def test_a_result_without_the_factor_is_not_made_on_its_shards() -> None:
+    """The statistics of a row would be made by every rank, and their gradient counted by each."""
+    x, row = (("s",), ("c",)), (("s",),)
+    rule = OpShardingRule((x,), (x, row), {"s": 5, "c": 7})
+    assert rule.shard_factor("c") is None and rule.shard_factor("s") is not None
+
+
+def test_one_kv_head_for_all() -> None:
+    gather = call(aten.gather.default, (6, 5), self=spec(6, 5), dim=0, index=spec(1, 5))
+    rule = parse_rule("(g r) q, g q -> (g r) q", gather)
+    assert rule.operands == ((("r",), ("q",)), ((), ("q",)))
 
 
 def test_grouped_dimension() -> None:

@@ -5,6 +5,7 @@ from . import (  # noqa: F401
     batch_norm,
     contractions,
     convolutions,
+    flex,
     images,
     linalg,
     lookup,
@@ -18,6 +19,6 @@ from . import (  # noqa: F401
     scatter,
     views,
 )
-from .registry import register_sharding_rule, rule_for, stays_whole
+from .registry import has_rule, register_sharding_rule, rule_for, stays_whole
 
-__all__ = ["register_sharding_rule", "rule_for", "stays_whole"]
+__all__ = ["has_rule", "register_sharding_rule", "rule_for", "stays_whole"]

@@ -1,34 +1,29 @@
-"""Fused attention: `b h q d!, b h k! d!, b h k! v -> b h q v`; with grouped KV heads q is `b (g r) q d!`."""
+"""Fused attention: `b h q d!, b h k! d!, b h k! v -> b h q v`; with grouped KV heads q is `b (g r) q d!`.
+
+Packed, in documents that begin where `cu_seq` says: `q! h d!, k! h d!, k! h d!, n!, n! -> q! h d!, h q!`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.attention.varlen  # defines torch_attn::_varlen_attn
 from torch import fx
 
 from ..rule import Body, Dim, LocalOp, OpCall, OpShardingRule
 from ..sharding import Sharded, Size, exact_quotient
 from .dims import fit
-from .registry import decomposed_when, rule
+from .registry import ATTENTION, AttentionRoles, decomposed_when, rule
 
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class AttentionRoles:
-    """Which operand of a fused attention op is which, and the names of its factors."""
+packed_attention = torch.ops.torch_attn._varlen_attn.default
 
-    query: int = 0
-    key: int = 1
-    value: int = 2
-    query_length: str = "q"
-    key_length: str = "k"
-
-
-ATTENTION: dict[object, AttentionRoles] = {aten.scaled_dot_product_attention.default: AttentionRoles()}
+ATTENTION[aten.scaled_dot_product_attention.default] = AttentionRoles()
+ATTENTION[packed_attention] = AttentionRoles((0, 0), (1, 0), (2, 0))
 
 
 @decomposed_when(aten.scaled_dot_product_attention.default)
@@ -51,7 +46,7 @@ def attention_rule(call: OpCall) -> OpShardingRule | None:
         return None
     query, key, value = (spec.shape for spec in call.operands[:3])
     lead = len(result.shape) - 2
-    heads = _heads(call, query, key, value)
+    heads = head_factors(query, key, value, call["enable_gqa"])
     if heads is None:
         return None
     sizes: dict[str, Size] = {"q": query[-2], "k": key[-2], "d": query[-1], "v": value[-1]}
@@ -80,11 +75,11 @@ def attention_rule(call: OpCall) -> OpShardingRule | None:
     return fit(call, operands, rule.results, sizes, need_replication=rule.need_replication, bodies=bodies)
 
 
-def _heads(
-    call: OpCall, query: Sequence[Size], key: Sequence[Size], value: Sequence[Size]
+def head_factors(
+    query: Sequence[Size], key: Sequence[Size], value: Sequence[Size], grouped: bool
 ) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]], dict[str, Size]] | None:
     """The factors of the heads of q and of k and v, and their sizes; None if they do not fall into groups."""
-    if len(query) < 3 or not call["enable_gqa"] or query[-3] == key[-3] or key[-3] == 1:
+    if len(query) < 3 or not grouped or query[-3] == key[-3] or key[-3] == 1:
         size = next((shape[-3] for shape in (query, key, value) if len(shape) > 2 and shape[-3] != 1), 1)
         return [("h",)], [("h",)], {"h": size}
     ratio = exact_quotient(query[-3], key[-3])
@@ -113,3 +108,29 @@ def _causal(local: LocalOp) -> fx.Node:
     return local.emit(
         call.target, query, key, value, mask, 0.0, False, scale=call["scale"], enable_gqa=call["enable_gqa"]
     )
+
+
+@rule(packed_attention)
+def packed_attention_rule(call: OpCall) -> OpShardingRule | None:
+    """Heads pass. None for a paged cache, whose keys are in no order of tokens."""
+    if call["block_table"] is not None:
+        return None
+    query, key, value = (spec.shape for spec in call.operands[:3])
+    q, k, v = ((shape[1], shape[0], shape[2]) for shape in (query, key, value))  # heads before tokens
+    heads = head_factors(q, k, v, call["enable_gqa"])
+    if heads is None:
+        return None
+    of_query, of_key, sizes = heads
+    lengths_and_heads = [(("q",), of_query[0], query), (("k",), of_key[0], key), (("k",), of_key[0], value)]
+    operands: list[list[Dim]] = [
+        [dim if size != 1 else () for dim, size in zip((length, head, ("d",)), shape, strict=True)]
+        for length, head, shape in lengths_and_heads
+    ]
+    operands += [[()] * len(spec.shape) for spec in call.operands[3:]]
+    made: list[list[Dim]] = [operands[0], [operands[0][1], operands[0][0]], [()]]
+    bodies: dict[str, Body] = dict.fromkeys(of_query[0], _again)  # the state of the generator draws nothing
+    return fit(call, operands, made, sizes, need_replication=frozenset("qkd"), bodies=bodies)
+
+
+def _again(local: LocalOp) -> fx.Node:
+    return local.emit(local.call.target, *local.args, **local.kwargs)

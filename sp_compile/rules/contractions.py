@@ -72,7 +72,7 @@ def matmul_rule(call: OpCall) -> OpShardingRule | None:
 
 @rule(aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default, aten.vdot.default)
 def product_rule(call: OpCall) -> OpShardingRule | None:
-    texts = {
+    texts: dict[object, str] = {
         aten.mm.default: "m k, k n -> m n",
         aten.bmm.default: "b m k, b k n -> b m n",
         aten.mv.default: "m k, k -> m",

@@ -14,7 +14,7 @@ import torch
 from torch._ops import OpOverload, OpOverloadPacket
 
 from ..errors import RuleError
-from ..rule import OpCall, OpShardingRule, parse_rule
+from ..rule import Op, OpCall, OpShardingRule, argument_defaults, own_dimension, parse_rule
 
 RuleFunction = Callable[[OpCall], OpShardingRule | None]
 """None: this call (by its arguments) has no rule; the op is need-replication in every factor."""
@@ -30,12 +30,23 @@ class Whole:
     until: str = ""
 
 
-_RULES: dict[OpOverload, RuleFunction] = {}
-_WHOLE: dict[OpOverload, Whole] = {}
-_DECOMPOSED: dict[OpOverload, Predicate] = {}
+@dataclass(frozen=True)
+class AttentionRoles:
+    """The operands of an attention op that are query, key and value, each with the dimension of its sequence."""
+
+    query: tuple[int, int] = (0, -2)
+    key: tuple[int, int] = (1, -2)
+    value: tuple[int, int] = (2, -2)
 
 
-def rule(*targets: OpOverload, because: str = "", until: str = "") -> Callable[[RuleFunction], RuleFunction]:
+_RULES: dict[Op, RuleFunction] = {}
+_WHOLE: dict[Op, Whole] = {}
+_DECOMPOSED: dict[Op, Predicate] = {}
+ATTENTION: dict[object, AttentionRoles] = {}
+"""The ops that are an attention by themselves."""
+
+
+def rule(*targets: Op, because: str = "", until: str = "") -> Callable[[RuleFunction], RuleFunction]:
     """Register a function from a call to its rule, and why its `!` factors have to be whole."""
 
     def register(function: RuleFunction) -> RuleFunction:
@@ -60,13 +71,14 @@ def _from_text(text: str) -> RuleFunction:
     return lambda call: parse_rule(text, call)
 
 
-def has_rule(target: OpOverload) -> bool:
-    """Whether an overload may be sharded; pointwise ops are known by their tag."""
+def has_rule(target: Op) -> bool:
+    """Whether an op may be sharded; pointwise ops are known by their tag."""
     return target in _RULES or _is_pointwise(target)
 
 
-def _is_pointwise(target: OpOverload) -> bool:
-    return torch.Tag.pointwise in target.tags and torch.Tag.nondeterministic_seeded not in target.tags
+def _is_pointwise(target: Op) -> bool:
+    tags = target.tags if isinstance(target, OpOverload) else ()
+    return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
 
 
 def decomposed_when(target: OpOverload) -> Callable[[Predicate], Predicate]:
@@ -79,19 +91,20 @@ def decomposed_when(target: OpOverload) -> Callable[[Predicate], Predicate]:
     return register
 
 
-def stays_whole(target: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of a composite op is captured as one node: it has a rule that serves its arguments."""
+def stays_whole(target: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of a composite or higher-order op is captured as one node: it has a rule for its arguments."""
     if not has_rule(target):
         return False
     if target not in _DECOMPOSED:
         return True
-    names = [argument.name for argument in target._schema.arguments]
-    return not _DECOMPOSED[target]({**dict(zip(names, args, strict=False)), **kwargs})
+    return not _DECOMPOSED[target]({**dict(zip(argument_defaults(target), args, strict=False)), **kwargs})
 
 
 def rule_for(call: OpCall) -> OpShardingRule | None:
     """The rule of one call, or None if it has to run on whole values."""
-    if call.target._schema.is_mutable or any(size == 0 for spec in call.operands for size in spec.shape):
+    mutates = isinstance(call.target, OpOverload) and call.target._schema.is_mutable
+    specs = [*call.operands, *(spec for spec in call.results if spec is not None)]
+    if mutates or any(size == 0 for spec in specs for size in spec.shape):
         return None
     function = _RULES.get(call.target)
     if function is None and _is_pointwise(call.target):
@@ -105,14 +118,42 @@ def rule_for(call: OpCall) -> OpShardingRule | None:
         return None
 
 
-def register_sharding_rule(op: OpOverload | OpOverloadPacket, text: str) -> None:
+def register_sharding_rule(op: OpOverload | OpOverloadPacket, text: str, *, attention: str | None = None) -> None:
     """Tell how an op of your own may be sharded.
 
     `register_sharding_rule(torch.ops.mylib.scan, "b s! c, c -> b s! c")` says that the op runs right on a slice of its
     batch or channels, but needs the sequence `s` whole. See `sp_compile.rule` for the notation.
 
+    `attention` says that the op is an attention, whose first three operands are query, key and value, and names the
+    factors of the query and the key length; one name if they are one. It is then planned as
+    `scaled_dot_product_attention` is. Grouped KV heads are `(g r)` for the query and `g` for key and value; the op has
+    to take how many query heads share a KV head from the shapes, for a rank may hold a KV head per query head.
+
+        register_sharding_rule(op, "b q (g r) d!, b k! g d!, b k! g v -> b q (g r) v", attention="q k")
+        register_sharding_rule(packed, "t! h d!, t! h d!, t! h v, n! -> t! h v", attention="t")
+
     Raises:
-        RuleError: the op has a rule already, or the text does not parse.
+        RuleError: the op has a rule already, or the text does not parse; or `attention` names no dimension of it.
     """
     overload = op.default if isinstance(op, OpOverloadPacket) else op
+    roles = _roles(text, attention) if attention is not None else None
     rule(overload)(_from_text(text))
+    if roles is not None:
+        ATTENTION[overload] = roles
+
+
+def _roles(text: str, attention: str) -> AttentionRoles:
+    names = attention.split()
+    if len(names) not in (1, 2):
+        raise RuleError(f"attention={attention!r} has to name the factors of the query and of the key length, 'q k'")
+    query, key = names[0], names[-1]
+    ends = []
+    for operand, (role, factor) in enumerate([("query", query), ("key", key), ("value", key)]):
+        dim = own_dimension(text, operand, factor)
+        if dim is None:
+            raise RuleError(
+                f"sharding rule {text!r} with attention={attention!r}: operand {operand}, the {role}, has no dimension "
+                f"{factor!r}"
+            )
+        ends.append((operand, dim))
+    return AttentionRoles(*ends)

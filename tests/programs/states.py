@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._higher_order_ops.associative_scan import associative_scan
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+
+from sp_compile import sp_backend
 
 from .table import WIDE, Parts, X, ids, program
 
@@ -257,6 +262,110 @@ def views_that_change_nothing_without_grad(m: Parts, x: Tensor) -> Any:
 @program(X)
 def constant_in_the_model(m: Parts, x: Tensor) -> Any:
     return m.block(x) * torch.tensor([1.0, 0.1] * 6, dtype=x.dtype)
+
+
+# Modes, opaque parts, nested compilation
+
+
+class Tripled(torch.autograd.Function):
+    """Two results, of which one is a view; and a gradient that no tracing of the forward would give."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Any:
+        ctx.save_for_backward(x, w)
+        return x.view_as(x), (x * w).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x, w = ctx.saved_tensors
+        return gradients[0] * 3 + gradients[1][:, None] * w, (gradients[0] * x * 5).sum((0, 1))
+
+
+@program(X, whole=True, moves={"all_to_all": 8, "all_gather": 1, "gather_output": 1})
+def custom_backward(m: Parts, x: Tensor) -> Any:
+    y, z = Tripled.apply(m.block(x), m.w)
+    return m.block(y), z
+
+
+@program(X, whole=True)
+def custom_backward_in_a_checkpoint(m: Parts, x: Tensor) -> Any:
+    return checkpoint(lambda t: m.block(Tripled.apply(t, m.w)[0]), m.block(x), use_reentrant=False)
+
+
+@program(X, dynamic=True, whole=True, moves={"all_to_all": 8, "all_gather": 1, "gather_output": 1})
+def under_vmap(m: Parts, x: Tensor) -> Any:
+    return m.block(torch.vmap(lambda row: row.cumsum(0) * m.w)(m.block(x)))
+
+
+@program(X, whole=True)
+def gradient_inside(m: Parts, x: Tensor) -> Any:
+    return m.block(torch.func.grad(lambda t: (t.sin() * m.w).sum())(m.block(x)))
+
+
+@program(X, whole=True)
+def scan_by_pairs(m: Parts, x: Tensor) -> Any:
+    return m.block(associative_scan(lambda a, b: a * b, m.block(x).tanh(), 1, combine_mode="generic"))
+
+
+@program(X, moves={"all_to_all": 8, "gather_output": 1})
+def chosen_kernel(m: Parts, x: Tensor) -> Any:
+    with sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        y = m.block(x, is_causal=True)
+    return m.block(y)
+
+
+@program(X, moves={"all_to_all": 8, "gather_output": 1})
+def nested_compilation(m: Parts, x: Tensor) -> Any:
+    inner = torch.compile(m.block, backend=partial(sp_backend, options={"inner_backend": "eager"}))
+    return m.block(inner(x)) * m.w
+
+
+@program(X, moves={"all_to_all": 8, "gather_output": 1})
+def nested_region(m: Parts, x: Tensor) -> Any:
+    region = torch.compiler.nested_compile_region(Parts.block)
+    return region(m, region(m, x)) * m.w
+
+
+@program(X, moves={"all_to_all": 8, "gather_output": 2})
+def gradients_inside_no_grad(m: Parts, x: Tensor) -> Any:
+    with torch.no_grad():
+        with torch.enable_grad():
+            y = m.block(x)
+        z = m.block(y)
+    return y * m.w, z
+
+
+@program(X, moves={"all_to_all": 8, "gather_output": 2})
+def gradients_switched_by_hand(m: Parts, x: Tensor) -> Any:
+    torch.set_grad_enabled(False)
+    y = m.block(x)
+    torch.set_grad_enabled(True)
+    return m.block(x) * y, y
+
+
+@program(X)
+def half_precision_inside(m: Parts, x: Tensor) -> Any:
+    with torch.autocast("cpu", torch.bfloat16):
+        y = m.attend(m.norm(x))
+        with torch.autocast("cpu", enabled=False):
+            z = m.block(x)
+    return y.dtype == torch.bfloat16, z * m.w
+
+
+@program(X, moves={"all_to_all": 8, "gather_output": 2})
+def as_many_rows_as_are_positive(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    return m.block(y), (y > 0).nonzero()
+
+
+@program(X, moves={"all_to_all": 4, "gather_output": 1})
+def parameters_returned(m: Parts, x: Tensor) -> Any:
+    return m.block(x), m.w, m.w[2:4], m.mat.t(), x
+
+
+@program((1, 3, 12), parts=4, moves={"all_to_all": 12, "gather_output": 1, "all_reduce": 1})
+def fewer_rows_than_ranks(m: Parts, x: Tensor) -> Any:
+    return m.block(m.block(x)), m.block(x).mean(1)
 
 
 @program(WIDE, kv=2, heads=6, parts=4)
