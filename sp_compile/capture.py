@@ -336,6 +336,8 @@ class _DynamoInterpreter(Interpreter):
         """Record an opaque part as one node. Only its values are asked of it, outside of all tracing."""
         body, operands = self.fetch_attr(target), pytree.tree_map(_unwrap, args)
         tracer = _tracer()
+        # A body that is traced through numbers its own parts: two may have one name.
+        target = f"{target.rpartition('_')[0]}_{len(list(tracer.root.children()))}"
         tracer.root.add_module(target, body)
         tracer.graph.owning_module = cast(GraphModule, tracer.root)  # where dead code is looked for, by `_is_impure`
         proxies = pytree.tree_map(tracer.unwrap_proxy, operands)
