@@ -2,13 +2,13 @@
 
     h:    f32[1, 32, 64]  = aten.linear(x, w_in)               64 is a feature: a weight made it
     h_t:  f32[1, 64, 32]  = aten.transpose(h, 1, 2)
-    conv: f32[1, 64, 32]  = aten.conv1d(h_t, taps, groups=64)  needs its length whole: the sequence is dimension 2 of h_t
+    conv: f32[1, 64, 32]  = aten.conv1d(h_t, taps, groups=64)  needs dimension 2 of h_t whole: the sequence
 
     kv:   f32[1, 64, 64]  = aten.matmul(k_t, v)                sums k and v over the sequence
 
 A dimension that an op needs whole, takes apart, sums two activations over, or multiplies by a weight beside a feature
 is a sequence if no weight made it: a feature comes out of a linear layer or an embedding, a batch is not mixed at all.
-A region is worth sharding only where such an op has another dimension to run on meanwhile; a dense convolution has none.
+A region is worth sharding only where such an op has another dimension to run on; a dense convolution has none.
 """
 
 from __future__ import annotations

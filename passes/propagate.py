@@ -207,9 +207,7 @@ class _Planner:
                     return NodePlan(sharding, sharding.results)
         return None
 
-    def _begin_otherwise(
-        self, node: fx.Node, placements: Sequence[Placement], sharding: OpSharding
-    ) -> Sequence[Placement]:
+    def _begin_otherwise(self, node: fx.Node, placements: Sequence[Placement], sharding: OpSharding) -> list[Placement]:
         """Operands that are cut above this op only, such as rows of a position table, are cut as the op needs them."""
         operands = self.rules.operands(node)
         for operand, target in zip(operands, sharding.operands, strict=True):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
@@ -153,7 +154,7 @@ def _set_local_values(module: fx.GraphModule, captured: CapturedGraph) -> None:
 
     grad_mode = torch.is_grad_enabled()
     guards = mode.shape_env.suppress_guards() if mode.shape_env is not None else nullcontext()
-    with mode, guards, torch.no_grad():
+    with mode, guards, enable_python_dispatcher(), torch.no_grad():
         Propagate(module).run(*captured.inputs, torch.zeros(1, dtype=torch.int64))
     torch.set_grad_enabled(grad_mode)
 

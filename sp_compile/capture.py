@@ -338,7 +338,10 @@ class _DynamoInterpreter(Interpreter):
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         body = self.fetch_attr(target)
-        _tracer().root.add_module(target, body)
+        root = _tracer().root
+        # A body that is traced through numbers its own parts: two may have one name.
+        target = f"{target.rpartition('_')[0]}_{len(list(root.children()))}"
+        root.add_module(target, body)
         return self._record("call_module", target, body, args, kwargs)
 
     def _record(

@@ -67,7 +67,7 @@ class ShardedDim(NamedTuple):
         return sum(self.sizes)
 
     @property
-    def before(self) -> list[int]:
+    def before(self) -> Sizes:
         return self.windows[::2] or [0] * len(self.sizes)
 
     def blocks(self, parts: int) -> list[int]:

@@ -91,6 +91,12 @@ class OpCall:
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
 
+    @property
+    def overload(self) -> OpOverload:
+        """The target, which is no higher-order operator."""
+        assert isinstance(self.target, OpOverload)
+        return self.target
+
     @staticmethod
     def of(target: Op, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> OpCall:
         """From values: tensors, fake tensors or numbers."""

@@ -89,7 +89,7 @@ def added_product_rule(call: OpCall) -> OpShardingRule | None:
         aten.addmm.default: (aten.mm.default, "m k", "k n", "m n"),
         aten.baddbmm.default: (aten.bmm.default, "b m k", "b k n", "b m n"),
         aten.addmv.default: (aten.mv.default, "m k", "k", "m"),
-    }[call.target]
+    }[call.overload]
     alpha, beta = call["alpha"], call["beta"]
 
     def contract(local: LocalOp, operands: Sequence[fx.Node]) -> fx.Node:

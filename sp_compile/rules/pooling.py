@@ -61,7 +61,7 @@ def adaptive_pooling_rule(call: OpCall) -> OpShardingRule | None:
 
 def _lead(call: OpCall) -> Sequence[Size]:
     """The sizes of the dimensions that are not spatial."""
-    volume = "3d" in call.target._schema.name
+    volume = "3d" in call.overload._schema.name
     return call.operands[0].shape[: -3 if volume else -2]
 
 

@@ -363,6 +363,12 @@ def parameters_returned(m: Parts, x: Tensor) -> Any:
     return m.block(x), m.w, m.w[2:4], m.mat.t(), x
 
 
+@program((2, 0, 12))
+def no_rows(m: Parts, x: Tensor) -> Any:
+    y = torch.cat([x, m.cls.expand(2, 1, 12).repeat(1, 5, 1)], 1)
+    return m.block(y), x.sum(1), m.norm(x)
+
+
 @program((1, 3, 12), parts=4, moves={"all_to_all": 12, "gather_output": 1, "all_reduce": 1})
 def fewer_rows_than_ranks(m: Parts, x: Tensor) -> Any:
     return m.block(m.block(x)), m.block(x).mean(1)
