@@ -178,7 +178,7 @@ class _Planner:
         whole = NodePlan(None, tuple(REPLICATED for _ in range(outputs)))
         sharded = [index for index, placement in enumerate(placements) if isinstance(placement, Sharded)]
         if rule is None:
-            if sharded and node not in self.rules.replicated:
+            if sharded and node not in self.rules.replicated and not _writes_input(node):
                 self._fall_back(node, placements, None, "it has no sharding rule")
             return whole
         if not sharded:
@@ -188,6 +188,8 @@ class _Planner:
         moved = self._cost(node, placements, best) + self._left_whole(node, rule, placements, best)
         borrowed = self._borrow(node, rule, placements, sharded, moved) if moved else None
         if borrowed is not None:
+            if self._gathers(rule, placements, borrowed.sharding):
+                self._fall_back(node, placements, borrowed.sharding, "what it needs whole, it needs beside a shard")
             return borrowed
         if best is not None:
             placements = self._begin_otherwise(node, placements, best)
@@ -201,11 +203,23 @@ class _Planner:
             return None
         for result in range(len(rule.results)):
             mark = self.marks.get((node, result))
-            if mark is not None and self.rules.is_activation(node):
+            if mark is not None and self.rules.is_activation(node) and self._is_followed(node, mark):
                 sharding = rule.follow_result(result, mark, placements)
                 if sharding is not None:
                     return NodePlan(sharding, sharding.results)
         return None
+
+    def _is_followed(self, value: fx.Node, mark: Sharded) -> bool:
+        """Whether some consumer runs on such shards, or may borrow; a second convolution would only gather them."""
+        for user in value.users:
+            rule, operands = self.rules.rule(user), self.rules.operands(user)
+            if rule is None or value not in operands:
+                continue
+            index = operands.index(value)
+            placements = [mark if operand is value else REPLICATED for operand in operands]
+            if rule.follow(index, placements) or any(dim not in (0, mark.dim) for _, dim in rule.borrowable(index)):
+                return True
+        return False
 
     def _begin_otherwise(self, node: fx.Node, placements: Sequence[Placement], sharding: OpSharding) -> list[Placement]:
         """Operands that are cut above this op only, such as rows of a position table, are cut as the op needs them."""
@@ -527,6 +541,11 @@ class _Planner:
             if _back(path, rows) == came_from and all(_back(path, other) == other for other in others):
                 return at
         return None
+
+
+def _writes_input(node: fx.Node) -> bool:
+    """Whether a node is the write to an input at the end of a graph, which is whole as an output is."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _result(results: Mapping[fx.Node, tuple[Placement, ...]], value: fx.Node) -> Placement:

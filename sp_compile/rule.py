@@ -273,14 +273,13 @@ class OpShardingRule:
         return tuple(self._place(dims, cut) if cut else None for dims in self.operands)
 
     def borrowable(self, operand: int) -> tuple[tuple[str, int], ...]:
-        """The (factor, dimension) pairs of an operand that pass through and are alone there, or beside whole ones."""
-        return tuple(
-            (passing[0], index)
-            for index, dim in enumerate(self.operands[operand])
-            if isinstance(dim, tuple)
-            and len(passing := [factor for factor in dim if factor not in self.need_replication]) == 1
-            and self._made(passing[0])
-        )
+        """The (factor, dimension) pairs of an operand that pass through, each the only one to pass in its dimension."""
+        found = []
+        for index, dim in enumerate(self.operands[operand]):
+            passing = [each for each in factors_of(dim) if each not in self.need_replication and self._made(each)]
+            if isinstance(dim, tuple) and len(passing) == 1:
+                found.append((passing[0], index))
+        return tuple(found)
 
     def _made(self, factor: str) -> bool:
         return any(factor in factors_of(dim) for dims in self.results for dim in dims)

@@ -158,7 +158,7 @@ def einsum_rule(call: OpCall) -> OpShardingRule | None:
     # An operand of size 1 broadcasts against a larger one of the same letter.
     passed = {factor for dim in made for factor in dim}
     bodies = {dim[0]: sum_over_ranks(_einsum) for dims in operands for dim in dims if dim and dim[0] not in passed}
-    return fit(call, operands, [made], bodies=bodies)
+    return fit(call, operands, [made], bodies=bodies, movement=len(operands) == 1 and not bodies)
 
 
 def _einsum(local: LocalOp, operands: Sequence[fx.Node]) -> fx.Node:
