@@ -202,3 +202,14 @@ def retention(m: Parts, x: Tensor) -> Any:
     decay = torch.where(apart >= 0, m.bias.sigmoid().view(3, 1, 1) ** apart.clamp(min=0), 0.0)
     o = (q @ k.mT * decay) @ v
     return m.o(m.join(F.group_norm(o.transpose(1, 2).reshape(26, 12), 3).view(2, 13, 3, 4).transpose(1, 2)))
+
+
+@program(WIDE, heads=6, kv=2, parts=2, moves={"all_to_all": 4, "gather_output": 1})
+def a_group_on_each_of_two_ranks(m: Parts, x: Tensor) -> Any:
+    return m.attend(x, enable_gqa=True, is_causal=True)
+
+
+@program(WIDE, heads=6, kv=3, parts=3, moves={"all_to_all": 4, "gather_output": 1})
+def a_group_on_each_of_three_ranks(m: Parts, x: Tensor) -> Any:
+    q, k, v = m.split(m.q(x)), m.repeated(m.split(m.k(x), 3)), m.split(m.v(x), 3).repeat_interleave(2, 1)
+    return m.o(m.join((q @ k.mT + m.bias.view(6, 1, 1)).softmax(-1) @ v))

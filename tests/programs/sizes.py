@@ -53,7 +53,7 @@ def no_tokens(m: Parts, x: Tensor) -> Any:
     return (y, y.sum(1), torch.cat([y, m.cls.expand(2, -1, -1)], 1))
 
 
-@program(X, (2, 0, 12), parts=3)
+@program(X, (2, 0, 12), parts=3, whole=True)
 def an_empty_stream(m: Parts, x: Tensor, t: Tensor) -> Any:
     y = m.block(torch.cat([t, x, t], 1))
     return (y, y[:, :0], y[:, 13:].sum(1))
