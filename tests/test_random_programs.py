@@ -91,13 +91,12 @@ def joint(m: Parts, t: Tensor, u: Tensor, n: int) -> Tensor:
 
 @step
 def windows(m: Parts, t: Tensor, u: Tensor, n: int) -> Tensor:
-    """Windows of `n + 1` tokens over a padded stream, shifted where n is odd."""
-    size, (b, s, c) = n + 1, t.shape
-    rest = -s % size
-    y = F.pad(t, (0, 0, 0, rest))
+    """As many windows of `n + 1` tokens as fit, shifted where n is odd."""
+    size, (b, s, c) = min(n + 1, t.shape[1]), t.shape
+    y = t[:, : s - s % size]
     y = y.roll(-1, 1) if n % 2 else y
-    y = m.block(y.reshape(-1, size, c), enable_gqa=True).reshape(b, s + rest, c)
-    return (y.roll(1, 1) if n % 2 else y)[:, :s]
+    y = m.block(y.reshape(-1, size, c), enable_gqa=True).reshape(b, -1, c)
+    return y.roll(1, 1) if n % 2 else y
 
 
 @step
@@ -264,9 +263,8 @@ def flat_rows(m: Parts, t: Tensor, u: Tensor, n: int) -> Tensor:
 def folded(m: Parts, t: Tensor, u: Tensor, n: int) -> Tensor:
     """`[B, (s n), C]` with s and n exchanged."""
     b, s, c = t.shape
-    n = n % 3 + 1
-    y = F.pad(t, (0, 0, 0, -s % n))
-    return m.norm(y.view(b, -1, n, c).transpose(1, 2).reshape(b, -1, c))
+    n = min(n % 3 + 1, s)
+    return m.norm(t[:, : s - s % n].reshape(b, -1, n, c).transpose(1, 2).reshape(b, -1, c))
 
 
 @step

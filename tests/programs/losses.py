@@ -467,3 +467,14 @@ def last_row_is_zero(m: Parts, x: Tensor) -> Any:
     z = y * kept
     safe = torch.where(kept, 1 / torch.where(kept, z, 1.0), 0.0)
     return (safe.sum(1), torch.where(kept, z.abs() + 1, 1.0).log().mean(1), (z.square().sum(-1) + 1e-12).sqrt().sum())
+
+
+# Weights and modes
+
+
+@program((1, 7, 12), parts=4)
+def weight_first_used_without_gradient(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    with torch.no_grad():
+        z = y * m.w
+    return (y * m.w + z).sum((0, 1)).tanh() * m.w
