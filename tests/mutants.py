@@ -48,56 +48,18 @@ TESTS = [
     "tests/test_backend.py::test_grouped_heads",
 ]
 SLOWER = "not inductor and not opcheck and not lowered"
-PROGRAMS = frozenset(
-    # fmt: off
-    [
-        "plain",
-        "causal",
-        "gqa_6_heads_2_groups",
-        "a_group_on_each_of_two_ranks",
-        "gqa_repeat_eager_bmm",
-        "one_head_on_four",
-        "three_heads_on_four",
-        "five_dimensions",
-        "unbind_qkv",
-        "sequence_first",
-        "sequence_first_flat",
-        "batch_first_flat",
-        "streams_flattened",
-        "eager_weights_out",
-        "baddbmm",
-        "cross_sharded",
-        "relative_bias_t5",
-        "joint_short",
-        "class_token",
-        "last_token",
-        "swin",
-        "patchify",
-        "cumsum",
-        "softmax_tokens",
-        "norm_tokens",
-        "amax_pool",
-        "extrema_of_negative_rows",
-        "sum_over_count",
-        "masked_mean",
-        "mean_used_everywhere",
-        "std_correction",
-        "ce_classdim",
-        "ce_uneven",
-        "ce_shift_slice",
-        "tied_loss",
-        "weights_of_padded_rows",
-        "no_grad_region",
-        "weight_first_used_without_gradient",
-        "convolution_of_equal_length",
-        "param_both",
-        "adaln",
-        "kl_divergences",
-        "mixer",
-        "reciprocal_of_positions",
-    ]
-    # fmt: on
-)
+# fmt: off
+PROGRAMS = frozenset([
+    "plain", "causal", "gqa_6_heads_2_groups", "a_group_on_each_of_two_ranks", "gqa_repeat_eager_bmm",
+    "one_head_on_four", "three_heads_on_four", "five_dimensions", "unbind_qkv", "sequence_first",
+    "sequence_first_flat", "batch_first_flat", "streams_flattened", "eager_weights_out", "baddbmm",
+    "cross_sharded", "relative_bias_t5", "joint_short", "class_token", "last_token", "swin", "patchify",
+    "cumsum", "softmax_tokens", "norm_tokens", "amax_pool", "extrema_of_negative_rows", "sum_over_count",
+    "masked_mean", "mean_used_everywhere", "std_correction", "ce_classdim", "ce_uneven", "ce_shift_slice",
+    "tied_loss", "weights_of_padded_rows", "no_grad_region", "weight_first_used_without_gradient",
+    "convolution_of_equal_length", "param_both", "adaln", "kl_divergences", "mixer", "reciprocal_of_positions",
+])
+# fmt: on
 """The programs of the table that run for each mutant; `--all`: all of them."""
 
 Mutant = Callable[[], AbstractContextManager[Any]]
