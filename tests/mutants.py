@@ -1,9 +1,5 @@
 """Break the library on purpose, one thing at a time; the tests have to notice: `python -m tests.mutants [name ...]`.
 
-    mutant                                tests failed    of   rules  programs   ops  passes  backend
-    permute: the inverse order                       2   442       1         1     0       0        0
-    ...
-
 A mutant is a context manager that patches the library in memory. The tests of each run in a pytest of their own, into
 which this module is loaded as a plugin (`-p tests.mutants`) that enters the mutant named by SP_MUTANT, in every worker.
 Exits with an error if a mutant survives, or if a test fails with nothing broken.
