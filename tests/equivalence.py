@@ -33,7 +33,7 @@ def step(call: Callable[..., Any], module: nn.Module, args: Sequence[Any], kwarg
     values: dict[str, Tensor | None] = {f"output {i}": leaf for i, leaf in enumerate(leaves)}
     if loss is None:
         loss = sum(
-            (leaf * (torch.arange(leaf.numel(), dtype=leaf.dtype) * 0.7).sin().view(leaf.shape)).sum()
+            (leaf * (torch.arange(leaf.numel(), dtype=leaf.dtype) * 0.7).cos().view(leaf.shape)).sum()
             for leaf in leaves
             if leaf.requires_grad
         )

@@ -8,11 +8,13 @@ except outputs and what `whole` excuses, and `moves` counts the collectives of o
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sp_compile import rewritten_graphs, sp_backend
@@ -28,7 +30,7 @@ def test_program_is_right_on_every_rank(case: Program) -> None:
     inputs = [
         torch.randn(a, dtype=torch.float64, requires_grad=True) if isinstance(a, tuple) else a() for a in case.arguments
     ]
-    graphs = assert_equivalent(module, inputs, parts=case.parts, dynamic=case.dynamic)
+    graphs = assert_equivalent(module, inputs, parts=case.parts, dynamic=case.dynamic, must_shard=case.shards)
     total = sum(map(moved, graphs), Counter[str]())
     if not case.whole:
         assert not [str(fallback.node) for graph in graphs for fallback in graph.plan.fallbacks]
@@ -37,11 +39,52 @@ def test_program_is_right_on_every_rank(case: Program) -> None:
         assert total == case.moves
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_one_graph_serves_all_lengths(parts: int) -> None:
-    def body(m: Parts, x: Tensor) -> Any:
-        return m.block(m.block(x, is_causal=True)).sum(1) / x.shape[1]
+def two_blocks(m: Parts, x: Tensor) -> Any:
+    return m.block(m.block(x, is_causal=True)).sum(1) / x.shape[1]
 
+
+def class_token(m: Parts, x: Tensor) -> Any:
+    y = m.block(torch.cat([m.cls.expand(x.shape[0], -1, -1), x], 1))
+    return m.head(y[:, 0]), y[:, 1:].mean(1)
+
+
+def shifted_loss(m: Parts, x: Tensor) -> Any:
+    lg = m.head(m.block(x + m.table(torch.arange(x.shape[1]))))
+    target = (torch.arange(3 * x.shape[1]) % 17).view(3, -1).roll(-1, 1)
+    target = target.masked_fill(torch.arange(x.shape[1]) == x.shape[1] - 1, -100)
+    return F.cross_entropy(lg.flatten(0, 1), target.flatten())
+
+
+def grouped_and_masked(m: Parts, x: Tensor) -> Any:
+    at = torch.arange(x.shape[1])
+    return m.attend(x, attn_mask=(at[:, None] - at).abs() < 4), m.block(x, attn_mask=m.bias.view(3, 1, 1) * at)
+
+
+def mixed_tokens(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    y = y + F.conv1d(y.mT, m.mat[:, :3].unsqueeze(1), padding=1, groups=12).mT
+    return m.norm(y.cumsum(1)) * y.amax(1, keepdim=True), y[:, -1]
+
+
+def joint_streams(m: Parts, x: Tensor) -> Any:
+    t = x.flip(1) * m.w
+    a, b = m.block(torch.cat([x, t], 1)).split([x.shape[1], t.shape[1]], 1)
+    return a - b.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("body", "parts"),
+    [
+        (two_blocks, 2),
+        (two_blocks, 4),
+        (class_token, 3),
+        (shifted_loss, 4),
+        (grouped_and_masked, 2),
+        (mixed_tokens, 3),
+        (joint_streams, 4),
+    ],
+)
+def test_one_graph_serves_all_lengths(body: Callable[..., Any], parts: int) -> None:
     alone, module = Parts(body), Parts(body)
     module.load_state_dict(alone.state_dict())
     before = {id(graph) for graph in rewritten_graphs()}
@@ -52,3 +95,28 @@ def test_one_graph_serves_all_lengths(parts: int) -> None:
             errors = differences(step(alone, alone, [x], {}), step(compiled, module, [x], {}), parts)
             assert max(errors.values()) < 1e-9, length
     assert len([graph for graph in rewritten_graphs() if id(graph) not in before]) == 1
+
+
+@pytest.mark.parametrize("parts", [3, 4])
+def test_a_loss_outside_the_compiled_region(parts: int) -> None:
+    """The compiled model gives logits; the loss, its shift and its ignored labels are eager code."""
+    target = torch.randint(0, 17, (2, 13))
+    target[:, 2:5] = -100
+
+    def run(call: Callable[..., Any], module: Parts, x: Tensor) -> Any:
+        logits, hidden = call(x)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), target[:, 1:].flatten())
+        return loss + logits.logsumexp(-1).square().mean() + (hidden * module.w).amax(1).sum()
+
+    def body(m: Parts, x: Tensor) -> Any:
+        y = m.block(x, is_causal=True)
+        return m.head(y), y
+
+    alone, module = Parts(body), Parts(body)
+    module.load_state_dict(alone.state_dict())
+    x = torch.randn(2, 13, 12, dtype=torch.float64, requires_grad=True)
+    expected = step(partial(run, alone, alone), alone, [x], {})
+    with simulate(parts):
+        compiled = torch.compile(module, backend=partial(sp_backend, options={"inner_backend": "eager"}))
+        got = step(partial(run, compiled, module), module, [x], {})
+    assert max(differences(expected, got, parts).values()) < 1e-9

@@ -1,6 +1,6 @@
 """Small programs in one table, a file per family."""
 
-from . import attention, losses, masks, mixing, modules, states, streams
+from . import attention, dresses, losses, masks, mixing, modules, shifts, sizes, states, streams, tokens
 from .table import PROGRAMS, Parts, Program, moved
 
 __all__ = [
@@ -8,11 +8,15 @@ __all__ = [
     "Parts",
     "Program",
     "attention",
+    "dresses",
     "losses",
     "masks",
     "mixing",
     "modules",
     "moved",
+    "shifts",
+    "sizes",
     "states",
     "streams",
+    "tokens",
 ]

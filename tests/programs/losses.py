@@ -299,3 +299,182 @@ def where_inf(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     z = torch.where(y > 0, y, -torch.inf)
     return (z.amax(1), z.logsumexp(1), z.softmax(1).nan_to_num().sum(1), torch.where(y > 5, y, torch.nan).nansum(1))
+
+
+# More losses
+
+
+@program(X, X)
+def kl_divergences(m: Parts, x: Tensor, t: Tensor) -> Any:
+    lp, target = m.head(m.block(x)).log_softmax(-1), m.head(t).softmax(-1)
+    return (
+        F.kl_div(lp, target, reduction="batchmean"),
+        F.kl_div(lp, target.log(), reduction="sum", log_target=True),
+        F.kl_div(lp, target),
+    )
+
+
+@program(X, labels(ignored=(3,)))
+def z_loss(m: Parts, x: Tensor, t: Tensor) -> Any:
+    lg = m.head(m.block(x))
+    valid = t != -100
+    z = lg.logsumexp(-1).square()
+    return F.cross_entropy(lg.mT, t) + 1e-2 * (z * valid).sum() / valid.sum() + 1e-3 * z.mean()
+
+
+@program(X, labels(), moves={"all_to_all": 4, "all_reduce": 1})
+def ce_shift_by_roll(m: Parts, x: Tensor, t: Tensor) -> Any:
+    target = t.roll(-1, 1)
+    target[:, -1] = -100
+    return F.cross_entropy(m.head(m.block(x)).flatten(0, 1), target.flatten())
+
+
+@program(X, labels(ignored=range(1, 13)), parts=4, moves={"all_to_all": 4, "all_reduce": 1})
+def ce_one_valid_row(m: Parts, x: Tensor, t: Tensor) -> Any:
+    return F.cross_entropy(m.head(m.block(x)).flatten(0, 1), t.flatten(), label_smoothing=0.3)
+
+
+@program(X, labels(ignored=range(12)), parts=4)
+def ce_valid_on_the_last_rank(m: Parts, x: Tensor, t: Tensor) -> Any:
+    weight = torch.linspace(0.1, 1, 17, dtype=x.dtype)
+    return F.cross_entropy(m.head(m.block(x)).mT, t, weight=weight)
+
+
+@program(X, labels(ignored=range(13)), parts=3)
+def ce_mean_of_nothing(m: Parts, x: Tensor, t: Tensor) -> Any:
+    return F.cross_entropy(m.head(m.block(x)).flatten(0, 1), t.flatten())
+
+
+@program(X, labels(ignored=(0, 1, 2, 12)), parts=4)
+def ce_other_ignored_index(m: Parts, x: Tensor, t: Tensor) -> Any:
+    target = torch.where(t == -100, 5, t)
+    return (
+        F.cross_entropy(m.head(m.block(x)).mT, target, ignore_index=5, label_smoothing=0.1),
+        F.cross_entropy(m.head(x).mT, target, ignore_index=5, reduction="none"),
+    )
+
+
+@program(X, X, parts=4)
+def ce_soft_targets(m: Parts, x: Tensor, t: Tensor) -> Any:
+    target = m.head(t).detach().softmax(-1)
+    return F.cross_entropy(m.head(m.block(x)).mT, target.mT, label_smoothing=0.1)
+
+
+@program(X, labels(ignored=(2, 5)), parts=4)
+def nll_weighted(m: Parts, x: Tensor, t: Tensor) -> Any:
+    weight = torch.linspace(0.1, 1, 17, dtype=x.dtype)
+    lp = m.head(m.block(x)).mT.log_softmax(1)
+    return (F.nll_loss(lp, t, weight=weight), F.nll_loss(lp, t, weight=weight, reduction="sum"))
+
+
+@program(X, labels(ignored=(2,)), parts=4)
+def ce_of_two_dimensions(m: Parts, x: Tensor, t: Tensor) -> Any:
+    """Scores `[B, C, S, 2]`."""
+    lg = m.head(m.block(x))
+    return F.cross_entropy(torch.stack([lg, -lg], 2).permute(0, 3, 1, 2), torch.stack([t, t], 2))
+
+
+@program(X, whole=True)
+def contrastive(m: Parts, x: Tensor) -> Any:
+    y = F.normalize(m.block(x), dim=-1)
+    return F.cross_entropy((y @ y.mT / 0.1).flatten(0, 1), torch.arange(26) % 13)
+
+
+@program(X, labels(ignored=(0, 1)))
+def focal_and_accuracy(m: Parts, x: Tensor, t: Tensor) -> Any:
+    lg = m.head(m.block(x))
+    ce = F.cross_entropy(lg.mT, t, reduction="none")
+    right = (lg.argmax(-1) == t) & (t != -100)
+    return (((1 - (-ce).exp()).square() * ce).sum() / (t != -100).sum(), right.sum() / (t != -100).sum())
+
+
+@program(X, labels(ignored=(0, 1)))
+def perplexity(m: Parts, x: Tensor, t: Tensor) -> Any:
+    loss = F.cross_entropy(m.head(m.block(x)).mT, t)
+    return (loss.exp(), loss * m.w.sum())
+
+
+@program(X, X)
+def elementwise_losses(m: Parts, x: Tensor, t: Tensor) -> Any:
+    y = m.block(x)
+    return (
+        F.mse_loss(y, t, reduction="none").mean(-1),
+        F.huber_loss(y, t, delta=0.3),
+        F.binary_cross_entropy(y.sigmoid(), t.detach().sigmoid(), weight=m.w.detach() ** 2),
+        F.smooth_l1_loss(y, y.detach() + t, beta=0.2),
+        (y - t).square().mean((1, 2)).sqrt(),
+    )
+
+
+@program(X, given(12, 8))
+def masked_max_and_end_token(m: Parts, x: Tensor, ends: Tensor) -> Any:
+    y = m.block(x)
+    kept = (torch.arange(13) <= ends[:, None])[..., None]
+    top = y.masked_fill(~kept, -torch.inf).amax(1)
+    end = (torch.arange(13) == ends[:, None]).int().argmax(-1)
+    return torch.cat([top, (y * kept).mean(1), y[torch.arange(2), end]], -1) @ m.mod.weight
+
+
+# More that the padding must not reach
+
+
+@program((1, 13, 12), parts=4)
+def reciprocal_of_positions(m: Parts, x: Tensor) -> Any:
+    """Finite in every real row; infinite one row behind the last."""
+    left = (13 - torch.arange(13)).to(x.dtype)[:, None]
+    y = m.block(x)
+    return ((y / left).sum(1), (y * left.log()).sum(1), (left.sqrt() * y).amax(1), (y / left).softmax(1))
+
+
+@program((1, 13, 12), parts=4)
+def extrema_of_negative_rows(m: Parts, x: Tensor) -> Any:
+    y = -m.block(x).exp()
+    return (y.amax(1), y.max(), y.amax((0, 1)), (-y).amin(1), y.logsumexp(1), (y * 0 - 3).amax(1))
+
+
+@program((1, 13, 12), parts=4, whole=True)
+def products_and_norms(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    return (y.prod(1), y.norm(dim=1), y.norm(p=1, dim=1), y.norm(p=float("inf"), dim=1), y.abs().sum((1, 2)).sqrt())
+
+
+@program((1, 5, 12), parts=4, whole=True)
+def counts_and_indices(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    return (y.argmax(1), (y != 0).sum(1), (y == y).all(), (y * 0 + 1).sum(), (y * 0 + 1).mean(), y.isnan().any())
+
+
+@program((1, 5, 12), parts=4, whole=True)
+def weights_of_padded_rows(m: Parts, x: Tensor) -> Any:
+    """Sums over tokens inside a contraction, an einsum, a convolution and a norm."""
+    y = m.block(x)
+    return (
+        y.mT @ y,
+        torch.einsum("bsc,bsd->cd", y, y.exp()),
+        F.conv1d(y, torch.ones(1, 5, 1, dtype=x.dtype)),
+        torch.baddbmm(m.mat, y.mT, y, beta=2, alpha=0.5),
+        torch.addmm(m.w, y[0].T, y[0]),
+        torch.dot(y[0, :, 0], y[0, :, 1]),
+        torch.mv(y[0].T, y[0, :, 2]),
+    )
+
+
+@program((1, 13, 12), parts=4)
+def last_row_is_zero(m: Parts, x: Tensor) -> Any:
+    """The last row, of which the padding is a copy, has no reciprocal, and no loss takes it."""
+    y = m.block(x)
+    kept = (torch.arange(13) < 12)[:, None]
+    z = y * kept
+    safe = torch.where(kept, 1 / torch.where(kept, z, 1.0), 0.0)
+    return (safe.sum(1), torch.where(kept, z.abs() + 1, 1.0).log().mean(1), (z.square().sum(-1) + 1e-12).sqrt().sum())
+
+
+# Weights and modes
+
+
+@program((1, 7, 12), parts=4)
+def weight_first_used_without_gradient(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    with torch.no_grad():
+        z = y * m.w
+    return (y * m.w + z).sum((0, 1)).tanh() * m.w

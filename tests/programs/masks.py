@@ -116,3 +116,83 @@ def mrope(m: Parts, x: Tensor, pos: Tensor) -> Any:
 @program((2, 12))
 def table_queries(m: Parts, c: Tensor) -> Any:
     return m.block(m.table.weight[:13].unsqueeze(0).expand(2, -1, -1) + c[:, None])
+
+
+@program(ids(2, 13, high=5), moves={"all_to_all": 4, "gather_output": 1})
+def mask_from_ids(m: Parts, i: Tensor) -> Any:
+    i = torch.cat([torch.ones(2, 1, dtype=torch.int64), i[:, 1:]], 1)
+    return m.block(m.table(i), attn_mask=(i != 0)[:, None, None])
+
+
+@program(ids(2, 13, high=5))
+def documents_and_positions_from_ids(m: Parts, i: Tensor) -> Any:
+    """Packed documents end with id 0: who may see whom, and positions that start again."""
+    begins = F.pad(i[:, :-1] == 0, (1, 0), value=True)
+    document = begins.cumsum(1)
+    at = torch.arange(13)
+    position = at - torch.where(begins, at, 0).cummax(1).values
+    mask = (document[:, None, :, None] == document[:, None, None]) & (at[:, None] >= at)
+    q, k, v = (m.split(f(m.table(i))) for f in (m.q, m.k, m.v))
+    q, k = rope(q, position[:, None]), rope(k, position[:, None])
+    return m.o(m.join(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
+
+
+@program(X, lambda: torch.arange(13).flip(0), moves={"all_to_all": 4, "gather_output": 1})
+def position_ids_of_s(m: Parts, x: Tensor, p: Tensor) -> Any:
+    table = torch.outer(torch.arange(40), 0.3 * torch.arange(1, 5)).to(x.dtype)
+    cos, sin = table.cos()[p], table.sin()[p]
+    q, k, v = (m.split(f(x)) for f in (m.q, m.k, m.v))
+    q, k = (t * cos + torch.cat([-t[..., 2:], t[..., :2]], -1) * sin for t in (q, k))
+    return m.o(m.join(F.scaled_dot_product_attention(q, k, v, attn_mask=p[:, None] >= p)))
+
+
+@program(X, moves={"all_to_all": 4, "gather_output": 1})
+def band_and_prefix(m: Parts, x: Tensor) -> Any:
+    at = torch.arange(x.shape[1])
+    band = (at[:, None] >= at) & (at[:, None] - at < 4)
+    return m.block(x, attn_mask=band | (at < 3))
+
+
+@program((2, 12, 12))
+def learned_mask(m: Parts, x: Tensor) -> Any:
+    y = m.block(x, attn_mask=m.mat)
+    return m.block(y, attn_mask=m.mat * m.bias.view(3, 1, 1))
+
+
+@program(X)
+def learned_bias_by_index(m: Parts, x: Tensor) -> Any:
+    """Swin's: a table `[distances, H]` looked up by a flat index, viewed and permuted."""
+    at = torch.arange(13)
+    index = (at[:, None] - at + 12).flatten() % 20
+    bias = m.rel.weight[index].view(13, 13, 3).permute(2, 0, 1).contiguous()
+    return m.block(x, attn_mask=bias.unsqueeze(0))
+
+
+@program(X, given(13, 9))
+def alibi_of_padded_tokens(m: Parts, x: Tensor, lengths: Tensor) -> Any:
+    """Bloom's: distances counted over the tokens that are kept."""
+    kept = torch.arange(13)[None] < lengths[:, None]
+    position = ((kept.long().cumsum(-1) - 1) * kept)[:, None, None].to(x.dtype)
+    bias = (m.bias.exp().view(1, 3, 1, 1) * position).masked_fill(~kept[:, None, None], -1e9)
+    return m.block(x, attn_mask=bias)
+
+
+@program(X, (2, 3, 13, 13))
+def bias_that_needs_a_gradient(m: Parts, x: Tensor, bias: Tensor) -> Any:
+    q, k, v = (m.split(f(x)) for f in (m.q, m.k, m.v))
+    s = q @ k.mT + bias
+    return (m.o(m.join(s.softmax(-1) @ v)), s.mean((2, 3)))
+
+
+@program(X)
+def gated_scores(m: Parts, x: Tensor) -> Any:
+    """A forget gate: the running sum of a score per token, its differences a bias."""
+    gate = F.logsigmoid(x @ m.mat[:, :3]).cumsum(1).transpose(1, 2)
+    return m.block(x, attn_mask=gate[..., :, None] - gate[..., None, :])
+
+
+@program(X, given(4, 9))
+def query_rows_without_keys(m: Parts, x: Tensor, lengths: Tensor) -> Any:
+    kept = torch.arange(13)[None] < lengths[:, None]
+    mask = kept[:, None, :, None] & kept[:, None, None]
+    return torch.where(kept[..., None], m.attend(x, attn_mask=mask).nan_to_num(), x)

@@ -199,3 +199,111 @@ def emb_weight_act(m: Parts, x: Tensor) -> Any:
 def masked_scatter(m: Parts, x: Tensor, i: Tensor, img: Tensor) -> Any:
     mask = (i == 1)[..., None].expand_as(x)
     return m.block(x.masked_scatter(mask, m.o(img)))
+
+
+@program(X, whole=True)
+def sorted_tokens(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    order = (y @ m.w).argsort(1)
+    y = y.gather(1, order[..., None].expand(-1, -1, 12))
+    back = m.block(y).gather(1, order.argsort(1)[..., None].expand(-1, -1, 12))
+    return (back, y.sort(1).values, y.median(1).values, y.kthvalue(3, 1).values)
+
+
+@program((2, 12, 12), whole=True)
+def upsampled(m: Parts, x: Tensor) -> Any:
+    y = m.block(x).mT
+    return (
+        F.interpolate(y, scale_factor=2).mT @ m.mat,
+        F.interpolate(y, size=17, mode="linear").mT @ m.mat,
+        F.interpolate(y.unflatten(2, (3, 4)), scale_factor=2, mode="bilinear").flatten(2).mT,
+        y.repeat_interleave(2, 2).mT,
+    )
+
+
+@program((2, 12, 12))
+def interleaved_streams(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    both = torch.stack([y, y * m.w], 2).flatten(1, 2)
+    both = m.block(both)
+    return (both[:, ::2], both.unflatten(1, (12, 2)).mean(2), both.unflatten(1, (-1, 2))[:, :, 1])
+
+
+@program(X, whole=True)
+def fourier(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    low = torch.fft.irfft(torch.fft.rfft(y, dim=1)[:, :4], n=13, dim=1)
+    return (m.block(low), torch.fft.fft2(y).real)
+
+
+@program(X, whole=True)
+def scattered_tokens(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    index = torch.arange(13) % 5
+    sums = torch.zeros(2, 5, 12, dtype=x.dtype).index_add(1, index, y)
+    spread = torch.zeros_like(y).scatter_add(1, (index * 2)[None, :, None].expand(2, -1, 12), y)
+    return (sums, m.block(spread), y.index_copy(1, torch.tensor([1, 12]), m.table.weight[:2].expand(2, -1, -1)))
+
+
+@program(X, whole=True)
+def experts(m: Parts, x: Tensor) -> Any:
+    """A mixture: the weights of the best two of five experts, every expert on every token."""
+    y = m.block(x)
+    scores = m.head(y)[..., :5].softmax(-1)
+    top, index = scores.topk(2, -1)
+    weights = torch.zeros_like(scores).scatter(-1, index, top / top.sum(-1, keepdim=True))
+    made = torch.stack([F.linear(y, m.mat * m.rel.weight[e, 0]) for e in range(5)], -2)
+    load = F.one_hot(index, 5).sum((0, 1, 2)) / 26
+    return ((made * weights[..., None]).sum(-2), (load * scores.mean((0, 1))).sum())
+
+
+@program(X, whole=True)
+def distances(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    return ((-torch.cdist(y, y.flip(1))).softmax(-1) @ y, F.cosine_similarity(y[:, :, None], y[:, None], dim=-1))
+
+
+@program(X)
+def norms_over_tokens(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    return (F.normalize(y, dim=1), F.layer_norm(y, (13, 12)), y / y.abs().amax(1, keepdim=True), F.softmin(y, 1))
+
+
+@program(X, whole=True)
+def running_extrema(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    return (y.cummax(1).values, y.logcumsumexp(1), (y / 9).cumprod(1), y.cumsum(0), torch.cumsum(y.flip(1), 1).flip(1))
+
+
+@program((2, 12, 12), whole=True)
+def merged_tokens(m: Parts, x: Tensor) -> Any:
+    """Pairs of tokens averaged by similarity, as in token merging; and patches merged as in Swin."""
+    y = m.block(x)
+    a, b = y[:, ::2], y[:, 1::2]
+    partner = (F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).mT).argmax(-1)
+    merged = b.scatter_reduce(1, partner[..., None].expand(-1, -1, 12), a, "mean")
+    return (m.block(merged), F.linear(torch.cat([a, b], -1), m.mod.weight[:24].T))
+
+
+@program((1, 13, 12), whole=True)
+def strided_and_transposed_convolutions(m: Parts, x: Tensor) -> Any:
+    weight = m.mod.weight.view(12, 12, 3)
+    y = F.conv1d(m.block(x).mT, weight, m.w, stride=2)
+    return (m.block(y.mT), F.conv_transpose1d(y, weight, stride=2).mT)
+
+
+@program(X)
+def two_scans(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    forward, backward, a, b = [], [], x.new_zeros(2, 12), x.new_zeros(2, 12)
+    for at in range(13):
+        a, b = a * m.w.sigmoid() + y[:, at], torch.tanh(m.o(b) + y[:, 12 - at])
+        forward.append(a)
+        backward.append(b)
+    return torch.stack(forward, 1) + torch.stack(backward[::-1], 1)
+
+
+@program((1, 13, 12), parts=3)
+def convolution_of_equal_length(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    return F.conv1d(y.mT, m.mat[:, :3].unsqueeze(1), m.w, padding=1, groups=12).mT * m.w + y

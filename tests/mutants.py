@@ -1,0 +1,495 @@
+"""Break the library on purpose, one thing at a time; the tests have to notice: `python -m tests.mutants [name ...]`.
+
+A mutant is a context manager that patches the library in memory. The tests of each run in a pytest of their own, into
+which this module is loaded as a plugin (`-p tests.mutants`) that enters the mutant named by SP_MUTANT, in every worker.
+Exits with an error if a mutant survives, or if a test fails with nothing broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from tabulate import tabulate
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+import sp_compile  # noqa: F401  (registers everything that is patched here)
+from sp_compile import ops
+from sp_compile.rule import Body, OpCall, OpShardingRule
+from sp_compile.rules import registry
+from sp_compile.sharding import Sharded
+
+aten = torch.ops.aten
+writer: Any = sys.modules["sp_compile.passes.insert_collectives"]
+
+TESTS = [
+    "tests/test_rules.py",
+    "tests/test_programs.py",
+    "tests/test_ops.py",
+    "tests/test_passes.py",
+    "tests/test_backend.py::test_parallel_random_numbers_differ_between_ranks_and_keep_their_rate",
+    "tests/test_backend.py::test_grouped_heads",
+]
+SLOWER = "not inductor and not opcheck and not lowered"
+# fmt: off
+PROGRAMS = frozenset([
+    "plain", "causal", "gqa_6_heads_2_groups", "a_group_on_each_of_two_ranks", "gqa_repeat_eager_bmm",
+    "one_head_on_four", "three_heads_on_four", "five_dimensions", "unbind_qkv", "sequence_first",
+    "sequence_first_flat", "batch_first_flat", "streams_flattened", "eager_weights_out", "baddbmm",
+    "cross_sharded", "relative_bias_t5", "joint_short", "class_token", "last_token", "swin", "patchify",
+    "cumsum", "softmax_tokens", "norm_tokens", "amax_pool", "extrema_of_negative_rows", "sum_over_count",
+    "masked_mean", "mean_used_everywhere", "std_correction", "ce_classdim", "ce_uneven", "ce_shift_slice",
+    "tied_loss", "weights_of_padded_rows", "no_grad_region", "weight_first_used_without_gradient",
+    "convolution_of_equal_length", "param_both", "adaln", "kl_divergences", "mixer", "reciprocal_of_positions",
+])
+# fmt: on
+"""The programs of the table that run for each mutant; `--all`: all of them."""
+
+Mutant = Callable[[], AbstractContextManager[Any]]
+MUTANTS: dict[str, Mutant] = {}
+
+
+def mutant(name: str) -> Callable[[Mutant], Mutant]:
+    def add(make: Mutant) -> Mutant:
+        MUTANTS[name] = make
+        return make
+
+    return add
+
+
+# Rules
+
+
+@contextmanager
+def altered(change: Callable[[OpShardingRule, OpCall], OpShardingRule], *targets: OpOverload) -> Iterator[None]:
+    """The rules of these overloads, changed."""
+
+    def wrapped(function: registry.RuleFunction) -> registry.RuleFunction:
+        def rule(call: OpCall) -> OpShardingRule | None:
+            made = function(call)
+            return made and change(made, call)
+
+        return rule
+
+    table = registry._RULES
+    with patch.dict(table, {target: wrapped(table[target]) for target in targets}):
+        yield
+
+
+def with_bodies(target: OpOverload, change: Callable[[Body], Body]) -> AbstractContextManager[None]:
+    """The local bodies of an op, changed."""
+    return altered(
+        lambda rule, _: replace(rule, bodies={factor: change(body) for factor, body in rule.bodies.items()}), target
+    )
+
+
+class Tampered:
+    """A `LocalOp` of which some methods are others."""
+
+    def __init__(self, local: Any, **methods: Callable[..., Any]) -> None:
+        self._local, self._methods = local, methods
+
+    def __getattr__(self, name: str) -> Any:
+        return self._methods.get(name) or getattr(self._local, name)
+
+
+def tampering(**methods: Callable[..., Any]) -> Callable[[Body], Body]:
+    """A body that sees `method(local, *args)` for each of these."""
+
+    def change(body: Body) -> Body:
+        def run(local: Any) -> Any:
+            bound = {
+                name: lambda *args, method=method, **more: method(local, *args, **more)
+                for name, method in methods.items()
+            }
+            return body(Tampered(local, **bound))  # type: ignore[arg-type]
+
+        return run
+
+    return change
+
+
+def nothing_whole(*targets: OpOverload) -> AbstractContextManager[None]:
+    return altered(lambda rule, _: replace(rule, need_replication=frozenset()), *targets)
+
+
+def swapped(dims: tuple[Any, ...], one: int, other: int) -> tuple[Any, ...]:
+    order = list(dims)
+    order[one], order[other] = order[other], order[one]
+    return tuple(order)
+
+
+@mutant("linear: o and i of the weight swapped")
+def _() -> AbstractContextManager[None]:
+    def change(rule: OpShardingRule, _: OpCall) -> OpShardingRule:
+        x, weight, *bias = rule.operands
+        return replace(rule, operands=(x, weight[::-1], *bias))
+
+    return altered(change, aten.linear.default)
+
+
+@mutant("linear: bias counted P times")
+def _() -> AbstractContextManager[None]:
+    def change(body: Body) -> Body:
+        def run(local: Any) -> fx.Node:
+            operands = [local.operand(at) for at in range(len(local.call.operands))]
+            operands[:2] = [local.mask_padding(operands[at], local.operands[at], 0) for at in range(2)]
+            return local.all_reduce(local.emit(aten.linear.default, *operands))
+
+        return run
+
+    return with_bodies(aten.linear.default, change)
+
+
+@mutant("the gradient of an additive operand summed over ranks")
+def _() -> AbstractContextManager[None]:
+    def change(rule: OpShardingRule, _: OpCall) -> OpShardingRule:
+        return replace(rule, additive=frozenset())
+
+    return altered(change, aten.linear.default, aten.addmm.default, aten.baddbmm.default)
+
+
+@mutant("matmul, bmm: a contraction not summed over ranks")
+def _() -> AbstractContextManager[Any]:
+    stack = ExitStack()
+    for target in (aten.matmul.default, aten.bmm.default):
+        stack.enter_context(with_bodies(target, tampering(all_reduce=lambda local, value, kind="sum": value)))
+    return stack
+
+
+@mutant("bmm: rows and columns of the result swapped")
+def _() -> AbstractContextManager[None]:
+    def change(rule: OpShardingRule, _: OpCall) -> OpShardingRule:
+        return replace(rule, results=tuple(swapped(dims, -1, -2) for dims in rule.results))
+
+    return altered(change, aten.bmm.default)
+
+
+@mutant("embedding: dimensions of the ids in reverse")
+def _() -> AbstractContextManager[None]:
+    def change(rule: OpShardingRule, _: OpCall) -> OpShardingRule:
+        weight, ids = rule.operands
+        return replace(rule, operands=(weight, ids[::-1]))
+
+    return altered(change, aten.embedding.default)
+
+
+@mutant("layer_norm of local channels")
+def _() -> AbstractContextManager[None]:
+    return nothing_whole(aten.layer_norm.default, aten.native_layer_norm.default)
+
+
+@mutant("softmax of local rows")
+def _() -> AbstractContextManager[None]:
+    return nothing_whole(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default)
+
+
+@mutant("sdpa: queries see the keys of their rank alone")
+def _() -> AbstractContextManager[None]:
+    def change(rule: OpShardingRule, call: OpCall) -> OpShardingRule:
+        if rule.sizes.get("q") != rule.sizes.get("k") or "q" not in rule.sizes or len(rule.operands) > 3:
+            return rule
+        key, value = (tuple(("q",) if dim == ("k",) else dim for dim in dims) for dims in rule.operands[1:])
+        return replace(rule, operands=(rule.operands[0], key, value))
+
+    return altered(change, aten.scaled_dot_product_attention.default)
+
+
+@mutant("sdpa: grouped heads read as (r g)")
+def _() -> AbstractContextManager[None]:
+    def turned(dims: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(("r", "g") if dim == ("g", "r") else dim for dim in dims)
+
+    def change(rule: OpShardingRule, _: OpCall) -> OpShardingRule:
+        return replace(rule, operands=tuple(map(turned, rule.operands)), results=tuple(map(turned, rule.results)))
+
+    return altered(change, aten.scaled_dot_product_attention.default)
+
+
+@mutant("sdpa: the causal mask of local positions")
+def _() -> AbstractContextManager[None]:
+    def local_rows(local: Any, placement: Sharded) -> Any:
+        shared = local.emit(aten.zeros_like.default, local.rank())
+        return local.emit(aten.sub.Tensor, local.positions(placement), first_position(local, placement, shared))
+
+    def first_position(local: Any, placement: Sharded, shared: Any) -> Any:
+        return local.emit(aten.index_select.default, local.positions(placement), 0, shared)
+
+    return with_bodies(aten.scaled_dot_product_attention.default, tampering(positions=local_rows))
+
+
+@mutant("mean: divided by a count that has the padding")
+def _() -> AbstractContextManager[Any]:
+    def padded(local: Any, size: Any) -> Any:
+        return local.size(-(-size // local.parts) * local.parts if isinstance(size, int) else size)
+
+    stack = ExitStack()
+    for target in (aten.mean.dim, aten.mean.default):
+        stack.enter_context(with_bodies(target, tampering(size=padded)))
+    return stack
+
+
+@mutant("sum: each rank its own")
+def _() -> AbstractContextManager[Any]:
+    stack = ExitStack()
+    for target in (aten.sum.dim_IntList, aten.sum.default):
+        stack.enter_context(with_bodies(target, tampering(all_reduce=lambda local, value, kind="sum": value)))
+    return stack
+
+
+@mutant("amax: padding filled with 0")
+def _() -> AbstractContextManager[None]:
+    def zero(local: Any, value: Any, placement: Any, fill: float) -> Any:
+        return local.mask_padding(value, placement, 0)
+
+    return with_bodies(aten.amax.default, tampering(mask_padding=zero))
+
+
+@mutant("cross_entropy: padded rows have class 0")
+def _() -> AbstractContextManager[None]:
+    def zero(local: Any, value: Any, placement: Any, fill: float) -> Any:
+        return local.mask_padding(value, placement, 0)
+
+    return with_bodies(aten.cross_entropy_loss.default, tampering(mask_padding=zero))
+
+
+@mutant("cross_entropy: the mean of the ranks' means")
+def _() -> AbstractContextManager[None]:
+    def change(body: Body) -> Body:
+        def run(local: Any) -> Any:
+            if local.call["reduction"] != 1 or len(local.call.operands) != 2:
+                return body(local)
+            target = local.mask_padding(local.operand(1), local.operands[1], local.call["ignore_index"])
+            mean = local.emit(local.call.target, local.operand(0), target)
+            return local.emit(aten.div.Tensor, local.all_reduce(mean), local.parts)
+
+        return run
+
+    return with_bodies(aten.cross_entropy_loss.default, change)
+
+
+@mutant("cumsum of local rows")
+def _() -> AbstractContextManager[None]:
+    return nothing_whole(aten.cumsum.default)
+
+
+@mutant("convolution of local rows")
+def _() -> AbstractContextManager[None]:
+    def change(rule: OpShardingRule, call: OpCall) -> OpShardingRule:
+        """The windows' rows are taken for those that they are made of."""
+        renamed = tuple(
+            tuple(tuple(f"l{factor[1:]}" if factor[0] == "m" else factor for factor in dim) for dim in dims)
+            for dims in rule.results
+        )
+        if any(rule.sizes.get(f"l{name[1:]}") != size for name, size in rule.sizes.items() if name[0] == "m"):
+            return rule
+        kept = frozenset(factor for factor in rule.need_replication if factor[0] not in "lm")
+        return replace(rule, results=renamed, need_replication=kept)
+
+    return altered(change, aten.conv1d.default, aten.convolution.default)
+
+
+@mutant("permute: the inverse order")
+def _() -> AbstractContextManager[None]:
+    def change(rule: OpShardingRule, call: OpCall) -> OpShardingRule:
+        (source,) = rule.operands
+        order = [at % len(source) for at in call["dims"]]
+        return replace(rule, results=(tuple(source[order.index(at)] for at in range(len(order))),))
+
+    return altered(change, aten.permute.default)
+
+
+@mutant("view: inner and outer factor swapped")
+def _() -> AbstractContextManager[None]:
+    def turned(dims: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(tuple(reversed(dim)) if isinstance(dim, tuple) else dim for dim in dims)
+
+    def change(rule: OpShardingRule, _: OpCall) -> OpShardingRule:
+        return replace(rule, operands=tuple(map(turned, rule.operands)))
+
+    return altered(change, aten.reshape.default, aten.view.default)
+
+
+@mutant("dropout: the same draws on every rank")
+def _() -> AbstractContextManager[None]:
+    def zero(local: Any) -> Any:
+        return local.emit(aten.zeros_like.default, local.rank())
+
+    return with_bodies(aten.dropout.default, tampering(rank=zero))
+
+
+# Standing controls, and other laws of the ops and passes
+
+
+@mutant("no replicate backward")
+def _() -> AbstractContextManager[Any]:
+    return patch.object(ops._Replicate, "backward", staticmethod(lambda ctx, grad: (grad, None)))
+
+
+@mutant("no replicate after an all-gather")
+def _() -> AbstractContextManager[Any]:
+    replicate = writer._Writer.replicate
+
+    def only_inputs(self: Any, value: fx.Node) -> fx.Node:
+        gathered = isinstance(self.plan.placement(value), Sharded)
+        result: fx.Node = self.convert(value, writer.REPLICATED) if gathered else replicate(self, value)
+        return result
+
+    return patch.object(writer._Writer, "replicate", only_inputs)
+
+
+@mutant("no replicate after an all-reduce")
+def _() -> AbstractContextManager[Any]:
+    replicate = writer._Writer.replicate
+
+    def but_of_sums(self: Any, value: fx.Node) -> fx.Node:
+        plan = self.plan.nodes.get(value)
+        summed = plan is not None and plan.sharding is not None and not isinstance(plan.delivered[0], Sharded)
+        result: fx.Node = self.convert(value, writer.REPLICATED) if summed else replicate(self, value)
+        return result
+
+    return patch.object(writer._Writer, "replicate", but_of_sums)
+
+
+@mutant("padded rows not zeroed in the backward of an all-to-all")
+def _() -> AbstractContextManager[Any]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ops._AllToAll.run(grad, ctx.scatter, ctx.gather, ctx.group, False), *[None] * 4
+
+    return patch.object(ops._AllToAll, "backward", staticmethod(backward))
+
+
+@mutant("padded rows not zeroed in the backward of an all-gather")
+def _() -> AbstractContextManager[Any]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ops._Shard.run(grad, *ctx.saved_tensors, ctx.layout, ctx.group, False), *[None] * 3
+
+    return patch.object(ops._AllGather, "backward", staticmethod(backward))
+
+
+@mutant("no padding mask on sums")
+def _() -> AbstractContextManager[Any]:
+    return patch.object(writer._GraphOp, "mask_padding", lambda self, value, placement, fill: value)
+
+
+@mutant("conversions shared across _set_grad_enabled")
+def _() -> AbstractContextManager[Any]:
+    return patch.object(writer, "_has_value", lambda node: True)
+
+
+@mutant("a rank's block off by one granule")
+def _() -> AbstractContextManager[Any]:
+    owned = ops._owned_rows
+
+    def later(layout: ops.ShardedDim, ranks: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+        rows, real = owned(layout, ranks, parts)
+        return (rows + layout.granules[0]).clamp(max=layout.outer * layout.rows - 1), real
+
+    return patch.object(ops, "_owned_rows", later)
+
+
+@mutant("outer blocks read as one")
+def _() -> AbstractContextManager[Any]:
+    stored = ops._stored_rows
+
+    def flat(layout: ops.ShardedDim, parts: int, device: torch.device) -> Tensor:
+        whole = ops.ShardedDim(layout.dim, 1, [layout.outer * layout.rows], [layout.granules[0]])
+        return stored(whole, parts, device) if layout.outer != 1 else stored(layout, parts, device)
+
+    return patch.object(ops, "_stored_rows", flat)
+
+
+@mutant("padded query heads keep their gradient")
+def _() -> AbstractContextManager[Any]:
+    return patch.object(ops._KVHeads, "query", lambda self, rank: (rank * self.per_rank).repeat(self.per_rank))
+
+
+@mutant("an extremum gives its whole gradient to each winner")
+def _() -> AbstractContextManager[Any]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, result = ctx.saved_tensors
+        return ops._Replicate.run(grad, ctx.group).masked_fill(x != result, 0), None, None
+
+    return patch.object(ops._Extremum, "backward", staticmethod(backward))
+
+
+@mutant("few rows come from every rank")
+def _() -> AbstractContextManager[Any]:
+    forward = ops._SelectRows.forward
+
+    def all_ranks(ctx: Any, x: Tensor, dim: int, row: Tensor, mine: Tensor, group: str) -> Tensor:
+        return forward(ctx, x, dim, row, torch.ones_like(mine), group)
+
+    return patch.object(ops._SelectRows, "forward", staticmethod(all_ranks))
+
+
+# The plugin
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    name = os.environ.get("SP_MUTANT")
+    if name:
+        entered = MUTANTS[name]()
+        entered.__enter__()
+        config.add_cleanup(lambda: entered.__exit__(None, None, None))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("SP_MUTANT_PROGRAMS") == "all":
+        return
+    table = {item: item.name.partition("[")[2][:-1] for item in items if item.name.startswith("test_program_is_right")}
+    items[:] = [item for item in items if table.get(item) is None or table[item] in PROGRAMS]
+
+
+# The runner
+
+
+def run(name: str, programs: str) -> tuple[Counter[str], int, float]:
+    """The failures by test file, the number of tests, and the seconds, with this mutant ("": none)."""
+    command = [sys.executable, "-m", "pytest", "-p", "tests.mutants", "-p", "no:cacheprovider", "-n", "2", "-q"]
+    command += ["--tb=no", "-rfE", "--show-capture=no", "-k", SLOWER, *TESTS]
+    started = time.monotonic()
+    made = subprocess.run(
+        command, env={**os.environ, "SP_MUTANT": name, "SP_MUTANT_PROGRAMS": programs}, capture_output=True, text=True
+    )
+    counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|error)", made.stdout[-300:])}
+    if not counts:
+        raise SystemExit(f"{name or 'nothing broken'}: pytest ran nothing\n{made.stdout[-3000:]}{made.stderr[-3000:]}")
+    failed = Counter(re.findall(r"^(?:FAILED|ERROR) tests/test_(\w+)\.py", made.stdout, re.MULTILINE))
+    return failed, sum(counts.values()), time.monotonic() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="mutants (by a part of the name); all if none are given")
+    parser.add_argument("--all", action="store_true", help="run all programs of the table, not the sensitive ones")
+    options = parser.parse_args()
+    chosen = [name for name in MUTANTS if not options.names or any(part in name for part in options.names)]
+    files = list(dict.fromkeys(re.findall(r"test_(\w+)\.py", " ".join(TESTS))))
+    rows, survivors = [], []
+    for name in ["", *chosen]:
+        failed, count, seconds = run(name, "all" if options.all else "some")
+        rows.append([name or "(nothing broken)", failed.total(), count, *(failed[file] for file in files), seconds])
+        print(f"{rows[-1][0]}: {failed.total()} of {count} failed, {seconds:.0f} s", file=sys.stderr, flush=True)
+        if bool(failed) != bool(name):
+            survivors.append(rows[-1][0])
+    print(tabulate(rows, ["mutant", "failed", "of", *files, "seconds"], floatfmt=".0f"))
+    if survivors:
+        raise SystemExit("not as it should be: " + ", ".join(survivors))
+
+
+if __name__ == "__main__":
+    main()
