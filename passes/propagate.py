@@ -49,9 +49,25 @@ def propagate(
     return _Planner(rules, sites, mixers, parts, attention).plan()
 
 
-def sequences(sites: Sequence[AttentionSite]) -> list[SiteOperand]:
-    """The operands whose sequences the sites attend over."""
-    return [end for site in sites for end in (site.query, site.key, site.value)]
+def sequences(rules: GraphRules, sites: Sequence[AttentionSite], parts: int) -> list[SiteOperand]:
+    """The operands whose sequences the sites attend over.
+
+    Not a memory so short that no rank computes more of it whole than its share of the queries, such as a prompt.
+    """
+    found = []
+    for site in sites:
+        found.append(site.query)
+        if not _is_shorter(rules, site, parts):
+            found += [site.key, site.value]
+    return found
+
+
+def _is_shorter(rules: GraphRules, site: AttentionSite, times: int) -> bool:
+    """Whether the queries of a site are at least so many times as long as its keys."""
+    queries, keys = (
+        rules.hint(rules.shape(rules.operands(end.node)[end.index])[end.dim]) for end in (site.query, site.key)
+    )
+    return keys < queries and keys * times <= queries
 
 
 def find_marks(rules: GraphRules, ends: Sequence[SiteOperand]) -> dict[tuple[fx.Node, int], Sharded]:
@@ -118,7 +134,7 @@ class _Planner:
         self.rules = rules
         self.parts = parts
         self.attention = attention
-        self.marks = find_marks(rules, sequences(sites) or mixers)
+        self.marks = find_marks(rules, sequences(rules, sites, parts) or mixers)
         self.sites = {site.nodes[0]: site for site in sites}
         self.homes: dict[tuple[fx.Node, int], Placement] = dict(self.marks)
         self.nodes: dict[fx.Node, NodePlan] = {}
@@ -367,6 +383,8 @@ class _Planner:
             return _Region(kept, "local", "keys and values are whole on every rank")
         if kept is not None and self.attention == "all_gather_kv":
             return _Region(kept, "all_gather_kv", "as asked for")
+        if kept is not None and self.attention == "auto" and _is_shorter(self.rules, site, self.parts - 1):
+            return _Region(kept, "all_gather_kv", "a memory so short that to gather it moves less")
         for heads, sharding in self._head_shardings(site, rule):
             if self.attention == "auto" and kept is not None and self.parts > 2 * heads:
                 break

@@ -367,7 +367,7 @@ class Scattered(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.block(x)
-        return y.scatter(1, torch.zeros(1, 1, 12, dtype=torch.int64), 0.5) + y
+        return y.put(torch.zeros(1, dtype=torch.int64), y.new_ones(1)) + y
 
 
 def test_what_has_no_rule_runs_on_gathered_values_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -495,12 +495,12 @@ def test_a_replicated_region_runs_whole_and_the_rest_shards(body: Callable[..., 
 
 def test_only_the_region_is_opted_out() -> None:
     def beside(m: Any, y: Tensor) -> Tensor:
-        index = torch.zeros(1, 1, 12, dtype=torch.int64)
+        index = torch.zeros(1, dtype=torch.int64)
         with replicated_region():
-            z = y.scatter(1, index, 0.5)
-        return y.scatter(1, index, 0.1) + z
+            z = y.put(index, y.new_ones(1))
+        return y.put(index, y.new_zeros(1)) + z
 
-    with pytest.raises(Exception, match=r"in beside: return y\.scatter.*replicated_region\(\)"):
+    with pytest.raises(Exception, match=r"in beside: return y\.put.*replicated_region\(\)"):
         run_simulated(OptedOut(beside).double(), (tokens(1, 7, 12),), parts=3, options={"strict": True})
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import hypothesis.strategies as st
 import pytest
@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from sp_compile.ops import ShardedDim, _owned_rows, _stored_rows
+from sp_compile.ops import ShardedDim, _nearest_real, _owned_rows, _stored_rows
 from sp_compile.sharding import Layout, Segment, block_rows, block_size
 
 
@@ -23,6 +23,7 @@ class Blocks:
     sizes: tuple[int, ...]
     granules: tuple[int, ...] = ()
     outer: int = 1
+    windows: tuple[int, ...] = ()
 
     @property
     def args(self) -> tuple[int, int, list[int], list[int]]:
@@ -31,15 +32,18 @@ class Blocks:
     @property
     def layout(self) -> ShardedDim:
         granules = self.granules or (1,) * len(self.sizes)
-        return ShardedDim(self.dim, self.outer, list(self.sizes), list(granules))
+        return ShardedDim(self.dim, self.outer, list(self.sizes), list(granules), list(self.windows))
 
     def rows(self, parts: int) -> list[list[tuple[int, bool]]]:
         """For each rank, for each of its rows in order: the global row, and whether it is real."""
         owned: list[list[tuple[int, bool]]] = [[] for _ in range(parts)]
         start = 0
-        for size, granule in [*zip(self.sizes, self.layout.granules, strict=True)] * self.outer:
-            rows = [(start + i, True) for i in range(size)]
-            while len(rows) % (granule * parts):
+        before, after = self.windows[::2] or (0,) * len(self.sizes), self.windows[1::2] or (0,) * len(self.sizes)
+        segments = [*zip(self.sizes, self.layout.granules, before, after, strict=True)]
+        for size, granule, low, high in segments * self.outer:
+            rows = [(start + i % granule, False) for i in range(low)] + [(start + i, True) for i in range(size)]
+            span = low + size + high
+            while len(rows) < span or len(rows) % (granule * parts):
                 rows.append((rows[max(-granule, -len(rows))][0], False))
             block = len(rows) // parts
             for rank in range(parts):
@@ -77,7 +81,9 @@ def blocks(draw: st.DrawFn) -> Blocks:
     granules = draw(st.lists(st.integers(1, 4), min_size=segments, max_size=segments))
     counts = draw(st.lists(st.integers(1, 9), min_size=segments, max_size=segments))
     sizes = (count * granule for count, granule in zip(counts, granules, strict=True))
-    return Blocks(0, tuple(sizes), tuple(granules), draw(st.integers(1, 3)))
+    gone = draw(st.one_of(st.just([]), st.lists(st.integers(0, 9), min_size=2 * segments, max_size=2 * segments)))
+    windows = tuple(rows * granules[at // 2] for at, rows in enumerate(gone))
+    return Blocks(0, tuple(sizes), tuple(granules), draw(st.integers(1, 3)), windows)
 
 
 def check(spec: Blocks, parts: int) -> None:
@@ -100,7 +106,8 @@ def test_each_row_has_one_owner_and_keeps_its_order(spec: Blocks, parts: int) ->
     real = [[row for row, is_real in rows if is_real] for rows in owned]
     assert sorted(row for rows in real for row in rows) == list(range(spec.outer * sum(spec.sizes)))
     assert all(rows == sorted(rows) for rows in real)
-    segments = zip(spec.sizes, spec.layout.granules, strict=True)
+    before, after = spec.windows[::2] or [0] * len(spec.sizes), spec.windows[1::2] or [0] * len(spec.sizes)
+    segments = zip(spec.sizes, spec.layout.granules, before, after, strict=True)
     layout = Layout(tuple(Segment(*segment) for segment in segments), spec.outer)
     assert {len(rows) for rows in owned} == {layout.local_size(parts)}
     assert layout.local_size(parts) == spec.outer * spec.layout.local(parts)
@@ -153,3 +160,22 @@ def test_symbolic_sizes_agree_with_ints(count: int, granule: int, parts: int) ->
 def test_specification_puts_back_what_it_cuts(spec: Blocks, parts: int) -> None:
     whole = torch.randn(spec.outer * sum(spec.sizes), 2)
     assert torch.equal(spec.join(spec.cut(whole, parts, padding=float("nan"))), whole)
+
+
+@given(blocks(), st.integers(1, 5))
+@settings(max_examples=60, deadline=None)
+def test_padding_is_refilled_with_a_real_row_of_its_segment(spec: Blocks, parts: int) -> None:
+    spec = replace(spec, outer=1)
+    for rank, rows in enumerate(spec.rows(parts)):
+        nearest, present = _nearest_real(spec.layout, torch.tensor([rank]), parts)
+        start = 0
+        for block in spec.layout.blocks(parts):
+            mine = rows[start : start + block]
+            real = [start + at for at, (_, is_real) in enumerate(mine) if is_real]
+            for at in range(start, start + block):
+                assert bool(present[at]) == bool(real)
+                if real:
+                    assert int(nearest[at]) == min(real, key=lambda row: abs(row - at))
+            start += block
+    everywhere = all(_nearest_real(spec.layout, torch.tensor([rank]), parts)[1].all() for rank in range(parts))
+    assert spec.layout.each_rank_has_rows(parts) == everywhere

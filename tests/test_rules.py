@@ -276,7 +276,7 @@ def test_bernoulli_is_a_proper_op() -> None:
     torch.library.opcheck(torch.ops.sp.bernoulli.default, sample)
 
 
-def test_slice_at_a_segment_boundary_is_local_and_elsewhere_carries() -> None:
+def test_slice_at_a_segment_boundary_is_a_cut_and_elsewhere_carries() -> None:
     sample = case(aten.slice.Tensor, f(2, 31, 7), 1, 11)
     rule = sample.rule
     assert rule is not None
@@ -286,8 +286,19 @@ def test_slice_at_a_segment_boundary_is_local_and_elsewhere_carries() -> None:
     for parts in (2, 3):
         compare(sample, rule, sharding, parts)
     across = Sharded(1, Layout((Segment(31),)))
-    assert rule.follow(0, [across]) is None
     assert rule.carry(0, [across]) == sharding.results
+
+
+@pytest.mark.parametrize("segments", [(31,), (3, 28), (14, 17), (5, 9, 17)], ids=str)
+@pytest.mark.parametrize(("start", "end"), [(1, 31), (0, -1), (4, 24), (11, 31), (20, 31)])
+def test_a_slice_stays_where_its_rows_are(start: int, end: int, segments: tuple[int, ...]) -> None:
+    sample = case(aten.slice.Tensor, f(2, 31, 7), 1, start, end)
+    rule = sample.rule
+    assert rule is not None
+    sharding = rule.follow(0, [Sharded(1, Layout(tuple(Segment(size) for size in segments)))])
+    assert sharding is not None
+    for parts in (2, 3, 4):
+        compare(sample, rule, sharding, parts)
 
 
 def test_streams_keep_their_own_layout() -> None:

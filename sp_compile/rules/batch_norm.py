@@ -7,11 +7,12 @@ half types: `E[x^2] - E[x]^2` would cancel.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import getitem
 
 import torch
 from torch import fx
 
-from ..rule import Body, Dim, LocalOp, OpCall, OpShardingRule
+from ..rule import Body, Dim, LocalOp, OpCall, OpShardingRule, factors_of
 from ..sharding import Placement, Sharded, Size, exact_quotient, product, size_of
 from .dims import factors, fit, local_count, plain, with_arguments
 from .reductions import masked_sum, widened_dtype
@@ -58,10 +59,16 @@ def batch_norm_rule(call: OpCall) -> OpShardingRule | None:
     shape = call.operands[0].shape
     dims = plain(shape)
     per_channel = [[dims[1]] if spec and spec.shape == shape[1:2] else [()] for spec in call.results[1:]]
-    bodies: dict[str, Body] = {}
-    if call.arguments.get("training", False):
-        bodies = {f"d{at}": _batch_norm for at in range(len(dims)) if at != 1}
+    # Without training there are no statistics to make, and what stands for them is empty.
+    training = call.arguments.get("training", False)
+    bodies: dict[str, Body] = {f"d{at}": _batch_norm for at in range(len(dims)) if at != 1}
+    bodies = bodies if training else {factor: _in_evaluation for dim in dims for factor in factors_of(dim)}
     return fit(call, [dims, *[[dims[1]]] * (len(call.operands) - 1)], [dims, *per_channel], bodies=bodies)
+
+
+def _in_evaluation(local: LocalOp) -> tuple[fx.Node, ...]:
+    made = with_arguments(local)
+    return tuple(local.emit(getitem, made, index) for index in range(len(local.call.results)))
 
 
 def _batch_norm(local: LocalOp) -> tuple[fx.Node, ...]:

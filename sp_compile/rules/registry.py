@@ -103,8 +103,7 @@ def stays_whole(target: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> b
 def rule_for(call: OpCall) -> OpShardingRule | None:
     """The rule of one call, or None if it has to run on whole values."""
     mutates = isinstance(call.target, OpOverload) and call.target._schema.is_mutable
-    specs = [*call.operands, *(spec for spec in call.results if spec is not None)]
-    if mutates or any(size == 0 for spec in specs for size in spec.shape):
+    if mutates or any(size == 0 for spec in call.operands for size in spec.shape):
         return None
     function = _RULES.get(call.target)
     if function is None and _is_pointwise(call.target):

@@ -220,6 +220,8 @@ def split_rule(call: OpCall) -> OpShardingRule | None:
     """`[s | t] -> s, t`: local where the blocks were cut stream by stream."""
     dims = plain(call.operands[0].shape)
     (at,) = wrap(call["dim"], len(dims))
+    if any(spec.shape[at] == 0 for spec in _specs(call)):
+        return None
     streams = [f"j{index}" for index in range(len(_specs(call)))]
 
     def split(local: LocalOp) -> tuple[fx.Node, ...]:

@@ -19,7 +19,7 @@ def tokens_lm(m: Parts, i: Tensor) -> Any:
     return m.block(h, is_causal=True) @ m.table.weight.T
 
 
-@program(ids(2, 13), moves={"all_to_all": 6, "all_reduce": 1})
+@program(ids(2, 13), moves={"all_to_all": 4, "all_reduce": 1})
 def tied_loss(m: Parts, i: Tensor) -> Any:
     h = m.block(m.table(i), is_causal=True)
     lg = h @ m.table.weight.T
@@ -111,7 +111,7 @@ def ce_shift_pad(m: Parts, x: Tensor, t: Tensor) -> Any:
     return F.cross_entropy(lg.view(-1, 17).double(), t.reshape(-1))
 
 
-@program(X, labels(ignored=(3,)), moves={"all_to_all": 6, "all_reduce": 1})
+@program(X, labels(ignored=(3,)), moves={"all_to_all": 4, "all_reduce": 1})
 def ce_shift_slice(m: Parts, x: Tensor, t: Tensor) -> Any:
     lg = m.head(m.block(x))
     return F.cross_entropy(lg[..., :-1, :].contiguous().view(-1, 17), t[..., 1:].contiguous().view(-1))

@@ -33,7 +33,7 @@ def alibi(m: Parts, x: Tensor) -> Any:
     return m.block(x, attn_mask=b)
 
 
-@program((1, 13, 12), moves={"all_to_all": 9, "gather_output": 1})
+@program((1, 13, 12), moves={"all_to_all": 8, "gather_output": 1})
 def relative_bias_t5(m: Parts, x: Tensor) -> Any:
     S = x.shape[1]
     r = torch.arange(S)

@@ -32,11 +32,13 @@ def rows_of(layout: Layout, parts: int) -> list[tuple[Tensor, Tensor]]:
     real: list[list[Tensor]] = [[] for _ in range(parts)]
     for outer in torch.arange(int(layout.size)).chunk(int(layout.outer)):
         for segment, rows in zip(layout.segments, outer.split([int(s.size) for s in layout.segments]), strict=True):
-            granules = list(rows.split(int(segment.granule)))
-            count = -(-len(granules) // parts) * parts
+            granule = int(segment.granule)
+            granules = list(rows.split(granule))
             flags = [torch.ones(len(g), dtype=torch.bool) for g in granules]
-            flags += [torch.zeros_like(flags[-1])] * (count - len(granules))
-            granules += [granules[-1]] * (count - len(granules))
+            before, count = int(segment.before) // granule, -(-int(segment.span) // granule // parts) * parts
+            after = count - before - len(granules)
+            flags = [torch.zeros_like(flags[0])] * before + flags + [torch.zeros_like(flags[-1])] * after
+            granules = [granules[0]] * before + granules + [granules[-1]] * after
             for rank in range(parts):
                 mine = slice(rank * count // parts, (rank + 1) * count // parts)
                 ranks[rank] += granules[mine]
@@ -136,6 +138,10 @@ class EagerLocalOp:
         rows = rows_of(placement.layout, self.parts)
         return Ranks(fill(x, placement, real, fill_value) for x, (_, real) in zip(value, rows, strict=True))
 
+    def refill_padding(self, value: Ranks, placement: Sharded) -> Ranks:
+        whole = glue(value, placement, self.parts)
+        return Ranks(cut(whole, placement, self.parts))
+
     def all_reduce(self, value: Ranks, kind: str = "sum") -> Ranks:
         return Ranks(AllReduce.apply(kind, *value))  # type: ignore[no-untyped-call]
 
@@ -212,7 +218,7 @@ def grads(outputs: Sequence[Any], cotangents: Sequence[Tensor], inputs: Sequence
 
 def run_local(case: Case, rule: OpShardingRule, sharding: OpSharding, parts: int, blocks: list[Ranks]) -> list[Ranks]:
     call = case.call
-    body = rule.bodies.get(sharding.factor)
+    body = rule.body(sharding)
     if body is not None:
         placements = tuple[Placement, ...](p or REPLICATED for p in sharding.operands)
         torch.manual_seed(0)
@@ -289,6 +295,7 @@ def layouts(size: int) -> Iterator[Layout]:
     yield Layout((Segment(size),))
     if size > 1:
         yield Layout((Segment(1), Segment(size - 1)))
+        yield Layout((Segment(size, 1, 2, 1),))
         yield Layout((Segment(size, size),))
         yield Layout((Segment(1),), outer=size)
     if size % 2 == 0:
