@@ -291,12 +291,13 @@ class _Writer:
             verb = "slice" if value.op == "placeholder" else "shard"
             return self._named(self._on_dim(sp.shard.default, local, target), role or f"{verb}_{name}", value)
         if isinstance(source, Sharded) and isinstance(target, Replicated):
-            return self._named(self._on_dim(sp.all_gather.default, local, source), role or f"all_gather_{name}", value)
+            role = role or self.roles.get((value, "all_gather"), f"all_gather_{name}")
+            return self._named(self._on_dim(sp.all_gather.default, local, source), role, value)
         if isinstance(source, Sharded) and isinstance(target, Sharded) and source.dim != target.dim:
             layouts = (*self._dim(source), *self._dim(target))
             windows = self._windows(source, "gather_windows") | self._windows(target, "scatter_windows")
             moved = self.emit(sp.all_to_all.default, local, *layouts, self.group, **windows)
-            return self._named(moved, role or self.roles.get(value) or f"all_to_all_{name}", value)
+            return self._named(moved, role or self.roles.get((value, "all_to_all"), f"all_to_all_{name}"), value)
         if isinstance(source, Sharded) and isinstance(target, GroupedHeads) and source.dim != target.dim:
             moved = self.emit(
                 sp.all_to_all_kv.default,
@@ -308,7 +309,7 @@ class _Writer:
                 self.group,
                 **self._windows(source, "gather_windows"),
             )
-            return self._named(moved, role or self.roles.get(value) or f"all_to_all_{name}", value)
+            return self._named(moved, role or self.roles.get((value, "all_to_all"), f"all_to_all_{name}"), value)
         if isinstance(source, Replicated) and isinstance(target, GroupedHeads):
             heads = self.rules.shape(value)[target.dim]
             assert isinstance(heads, int)
@@ -518,14 +519,17 @@ def _trained(graph: fx.Graph) -> frozenset[fx.Node]:
     return frozenset(found)
 
 
-def _roles(sites: Sequence[SitePlan]) -> dict[fx.Node, str]:
-    """What the exchanges of a Ulysses site are called, by the value that is exchanged."""
-    roles: dict[fx.Node, str] = {}
+def _roles(sites: Sequence[SitePlan]) -> dict[tuple[fx.Node, str], str]:
+    """What the collectives of a site are called, by the value that is moved and the op that moves it."""
+    roles: dict[tuple[fx.Node, str], str] = {}
     for planned in sites:
-        if planned.strategy == "ulysses":
-            for name, value in zip("qkv", planned.moved, strict=True):
-                roles.setdefault(value, f"gather_seq_scatter_heads_{name}")
-            output = planned.site.output
-            first = [user for user in output.users if user.target is getitem and source_of(user)[1] == 0]
-            roles.update(dict.fromkeys(first if not is_tensor(output) else [output], "gather_heads_scatter_seq"))
+        for name, value in zip("qkv", planned.moved, strict=True):
+            if planned.strategy == "ulysses":
+                roles.setdefault((value, "all_to_all"), f"gather_seq_scatter_heads_{name}")
+            elif planned.strategy == "all_gather_kv":
+                roles.setdefault((value, "all_gather"), f"gather_seq_{name}")
+        output = planned.site.output
+        first = [user for user in output.users if user.target is getitem and source_of(user)[1] == 0]
+        for value in [output] if is_tensor(output) else first:
+            roles[value, "all_to_all"] = "gather_heads_scatter_seq"
     return roles

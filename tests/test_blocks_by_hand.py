@@ -23,23 +23,11 @@ PINNED = {
 }
 """Bytes that a block moves, forward, by name, heads and P: without padding, and with it."""
 
-CUT = "text that is only attended to is cut, and exchanged together with the queries"
 
-
-def cases(**broken: str) -> list[Any]:
-    """Every block, those on 4 ranks in `make test-all` alone; the broken ones are to fail, for a reason."""
+def cases() -> list[Any]:
+    """Every block, those on 4 ranks in `make test-all` alone."""
     return [
-        pytest.param(
-            *(name, heads, parts),
-            marks=[
-                *([pytest.mark.full] if parts > 2 else []),
-                *(
-                    [pytest.mark.xfail(strict=True, raises=AssertionError, reason=broken[name])]
-                    if name in broken
-                    else []
-                ),
-            ],
-        )
+        pytest.param(name, heads, parts, marks=[pytest.mark.full] if parts > 2 else [])
         for name in BLOCKS
         for heads, parts in CASES
     ]
@@ -72,7 +60,7 @@ def more(ours: Moved, by_hand: Moved) -> set[str]:
     return found | ({"launches"} if launches else set())
 
 
-@pytest.mark.parametrize(("name", "heads", "parts"), cases(wan=CUT))
+@pytest.mark.parametrize(("name", "heads", "parts"), cases())
 def test_no_more_than_by_hand(name: str, heads: int, parts: int) -> None:
     ours, by_hand = compare(name, heads, parts)
     assert not more(ours, by_hand)

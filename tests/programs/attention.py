@@ -263,7 +263,7 @@ def one_query(m: Parts, q: Tensor, x: Tensor) -> Any:
     return (m.attend(q, y), m.attend(y[:, :1], y), m.attend(y, y[:, :1]))
 
 
-@program(X, (2, 7, 12), moves={"all_to_all": 12, "gather_output": 1})
+@program(X, (2, 7, 12), moves={"all_to_all": 8, "gather_seq": 2, "gather_output": 1})
 def cross_sharded(m: Parts, x: Tensor, mem: Tensor) -> Any:
     return m.attend(m.block(x), m.block(mem))
 

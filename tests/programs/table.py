@@ -127,16 +127,19 @@ def program(
 
 
 def moved(graph: RewrittenGraph) -> Counter[str]:
-    """How often each op that moves data runs; `gather_output` for an all-gather that makes an output."""
+    """How often each op that moves data runs; an all-gather of K or V, or of an output, goes by that name."""
     counts: Counter[str] = Counter()
     for node in graph.rewritten.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "sp":
-            name = "gather_output" if node.name.startswith("gather_output") else node.target._opname
-            counts[name.removesuffix("_kv")] += 1
+            name = node.target._opname.removesuffix("_kv")
+            for role in ("gather_output", "gather_seq"):
+                if name == "all_gather" and node.name.startswith(role):
+                    name = role
+            counts[name] += 1
     return Counter({name: counts[name] for name in COLLECTIVES if counts[name]})
 
 
-COLLECTIVES = ("all_to_all", "all_gather", "all_reduce", "select_rows", "gather_output")
+COLLECTIVES = ("all_to_all", "all_gather", "gather_seq", "all_reduce", "select_rows", "gather_output")
 
 
 def rope(x: Tensor, pos: Tensor, interleaved: bool = False) -> Tensor:
