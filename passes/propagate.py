@@ -136,6 +136,7 @@ class _Planner:
         self.attention = attention
         self.marks = find_marks(rules, sequences(rules, sites, parts) or mixers)
         self.sites = {site.nodes[0]: site for site in sites}
+        self.attending = {node for site in sites for node in site.nodes}
         self.homes: dict[tuple[fx.Node, int], Placement] = dict(self.marks)
         self.nodes: dict[fx.Node, NodePlan] = {}
         self.site_plans: list[SitePlan] = []
@@ -229,6 +230,8 @@ class _Planner:
         """Whether some consumer runs on such shards, or may borrow; a second convolution would only gather them."""
         for user in value.users:
             rule, operands = self.rules.rule(user), self.rules.operands(user)
+            if user in self.attending:
+                return True
             if rule is None or value not in operands:
                 continue
             index = operands.index(value)

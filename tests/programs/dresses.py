@@ -118,7 +118,7 @@ def softmax_by_hand(m: Parts, x: Tensor) -> Any:
     return m.o(m.join(e / e.sum(-1, keepdim=True) @ v))
 
 
-@program(X, shards=False)
+@program(X, moves={"all_reduce": 2})
 def normalised_after_the_values(m: Parts, x: Tensor) -> Any:
     q, k, v = (m.split(f(x)) for f in (m.q, m.k, m.v))
     e = (q @ k.mT / 2).sigmoid().exp()
@@ -132,7 +132,7 @@ def log_softmax_exp(m: Parts, x: Tensor) -> Any:
     return (m.o(m.join(lp.exp() @ v)), -(lp.exp() * lp).sum(-1).mean((1, 2)))
 
 
-@program(X, shards=False)
+@program(X, moves={"all_reduce": 2})
 def without_softmax(m: Parts, x: Tensor) -> Any:
     q, k, v = (m.split(f(x)) for f in (m.q, m.k, m.v))
     s = q @ k.mT / 13
@@ -154,14 +154,14 @@ def weights_on_two_values(m: Parts, x: Tensor) -> Any:
     return m.o(m.join(p @ v)) + m.o(m.join(p @ k))
 
 
-@program(X, whole=True)
+@program(X, moves={"all_to_all": 4, "gather_output": 1})
 def talking_heads(m: Parts, x: Tensor) -> Any:
     q, k, v = (m.split(f(x)) for f in (m.q, m.k, m.v))
     s = torch.einsum("bhqk,hg->bgqk", q @ k.mT, m.mat[:3, :3])
     return m.o(m.join(torch.einsum("bhqk,hg->bgqk", s.softmax(-1), m.mat[3:6, :3]) @ v))
 
 
-@program((1, 13, 12), whole=True)
+@program((1, 13, 12), moves={"all_to_all": 5, "gather_output": 1})
 def relative_shift(m: Parts, x: Tensor) -> Any:
     """Transformer-XL: scores against distances, shifted row by row through a view."""
     q, k, v = (m.split(f(x)) for f in (m.q, m.k, m.v))
@@ -171,7 +171,7 @@ def relative_shift(m: Parts, x: Tensor) -> Any:
     return m.o(m.join((q @ k.mT + s).softmax(-1) @ v))
 
 
-@program((2, 12, 12), whole=True)
+@program((2, 12, 12), moves={"gather_output": 1})
 def online_softmax(m: Parts, x: Tensor) -> Any:
     q, k, v = (m.split(f(x)) for f in (m.q, m.k, m.v))
     top, total, out = q.new_full((2, 3, 12, 1), -torch.inf), q.new_zeros(2, 3, 12, 1), torch.zeros_like(q)
@@ -185,7 +185,7 @@ def online_softmax(m: Parts, x: Tensor) -> Any:
     return m.o(m.join(out / total))
 
 
-@program((2, 3, 7, 12), parts=4, whole=True)
+@program((2, 3, 7, 12), parts=4, moves={"all_to_all": 7, "gather_output": 1})
 def axial(m: Parts, x: Tensor) -> Any:
     """Rows, then columns, with the heads in a dimension of their own and no flattening."""
     q, k, v = (f(x).unflatten(-1, (3, 4)) for f in (m.q, m.k, m.v))
@@ -195,7 +195,7 @@ def axial(m: Parts, x: Tensor) -> Any:
     return m.o(torch.einsum("bihjk,bkihd->bjihd", columns, v).flatten(3))
 
 
-@program(X, shards=False)
+@program(X, moves={"all_reduce": 1})
 def retention(m: Parts, x: Tensor) -> Any:
     q, k, v = (m.split(f(x)) for f in (m.q, m.k, m.v))
     apart = (torch.arange(13)[:, None] - torch.arange(13)).to(x.dtype)

@@ -140,7 +140,7 @@ def bce(m: Parts, x: Tensor) -> Any:
     return F.binary_cross_entropy_with_logits(y, (x > 0).to(x.dtype), pos_weight=m.w.detach() ** 2)
 
 
-@program(X, whole=True)
+@program(X, moves={"all_to_all": 4, "all_reduce": 10, "gather_output": 2})
 def std_correction(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     return (
@@ -294,7 +294,7 @@ def recip(m: Parts, x: Tensor) -> Any:
     return (1 / y, y.log(), (y - 1).sqrt(), (1 / y.relu()).sum(1))
 
 
-@program(X, whole=True)
+@program(X, moves={"all_to_all": 6, "all_reduce": 6})
 def where_inf(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     z = torch.where(y > 0, y, -torch.inf)
@@ -432,19 +432,19 @@ def extrema_of_negative_rows(m: Parts, x: Tensor) -> Any:
     return (y.amax(1), y.max(), y.amax((0, 1)), (-y).amin(1), y.logsumexp(1), (y * 0 - 3).amax(1))
 
 
-@program((1, 13, 12), parts=4, whole=True)
+@program((1, 13, 12), parts=4, moves={"all_to_all": 5, "all_reduce": 3, "gather_output": 2})
 def products_and_norms(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     return (y.prod(1), y.norm(dim=1), y.norm(p=1, dim=1), y.norm(p=float("inf"), dim=1), y.abs().sum((1, 2)).sqrt())
 
 
-@program((1, 5, 12), parts=4, whole=True)
+@program((1, 5, 12), parts=4, moves={"all_to_all": 5, "all_reduce": 5, "gather_output": 1})
 def counts_and_indices(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     return (y.argmax(1), (y != 0).sum(1), (y == y).all(), (y * 0 + 1).sum(), (y * 0 + 1).mean(), y.isnan().any())
 
 
-@program((1, 5, 12), parts=4, whole=True)
+@program((1, 5, 12), parts=4, moves={"all_to_all": 4, "all_reduce": 7})
 def weights_of_padded_rows(m: Parts, x: Tensor) -> Any:
     """Sums over tokens inside a contraction, an einsum, a convolution and a norm."""
     y = m.block(x)

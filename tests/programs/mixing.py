@@ -47,7 +47,7 @@ def pad_shift_cat(m: Parts, x: Tensor) -> Any:
     return torch.cat([torch.zeros_like(y[:, :1]), y[:, :-1]], 1) * m.w + y
 
 
-@program((2, 24, 12), whole=True)
+@program((2, 24, 12), moves={"all_to_all": 15, "gather_output": 7})
 def pads(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     return (
@@ -61,7 +61,7 @@ def pads(m: Parts, x: Tensor) -> Any:
     )
 
 
-@program((2, 24, 12), whole=True)
+@program((2, 24, 12), moves={"all_to_all": 8, "gather_output": 3})
 def unfold_win(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     w = y.unfold(1, 5, 1)
@@ -139,7 +139,7 @@ def pair_representation(m: Parts, x: Tensor) -> Any:
     return (z.mean(1), z.sum(2))
 
 
-@program(X, whole=True)
+@program(X, moves={"all_to_all": 9, "all_reduce": 1, "gather_output": 2})
 def sym_scores(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     s = y @ y.mT
@@ -201,7 +201,7 @@ def masked_scatter(m: Parts, x: Tensor, i: Tensor, img: Tensor) -> Any:
     return m.block(x.masked_scatter(mask, m.o(img)))
 
 
-@program(X, whole=True)
+@program(X, moves={"all_to_all": 22, "gather_output": 4})
 def sorted_tokens(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     order = (y @ m.w).argsort(1)
@@ -210,7 +210,7 @@ def sorted_tokens(m: Parts, x: Tensor) -> Any:
     return (back, y.sort(1).values, y.median(1).values, y.kthvalue(3, 1).values)
 
 
-@program((2, 12, 12), whole=True)
+@program((2, 12, 12), moves={"all_to_all": 5, "all_reduce": 2, "gather_output": 2})
 def upsampled(m: Parts, x: Tensor) -> Any:
     y = m.block(x).mT
     return (
@@ -229,14 +229,14 @@ def interleaved_streams(m: Parts, x: Tensor) -> Any:
     return (both[:, ::2], both.unflatten(1, (12, 2)).mean(2), both.unflatten(1, (-1, 2))[:, :, 1])
 
 
-@program(X, whole=True)
+@program(X, moves={"all_to_all": 16, "gather_output": 2})
 def fourier(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     low = torch.fft.irfft(torch.fft.rfft(y, dim=1)[:, :4], n=13, dim=1)
     return (m.block(low), torch.fft.fft2(y).real)
 
 
-@program(X, whole=True)
+@program(X, moves={"all_to_all": 12, "all_reduce": 1, "gather_output": 2})
 def scattered_tokens(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     index = torch.arange(13) % 5
@@ -245,7 +245,7 @@ def scattered_tokens(m: Parts, x: Tensor) -> Any:
     return (sums, m.block(spread), y.index_copy(1, torch.tensor([1, 12]), m.table.weight[:2].expand(2, -1, -1)))
 
 
-@program(X, whole=True)
+@program(X, moves={"all_to_all": 4, "all_reduce": 4, "gather_output": 1})
 def experts(m: Parts, x: Tensor) -> Any:
     """A mixture: the weights of the best two of five experts, every expert on every token."""
     y = m.block(x)
@@ -269,7 +269,7 @@ def norms_over_tokens(m: Parts, x: Tensor) -> Any:
     return (F.normalize(y, dim=1), F.layer_norm(y, (13, 12)), y / y.abs().amax(1, keepdim=True), F.softmin(y, 1))
 
 
-@program(X, whole=True)
+@program(X, moves={"all_to_all": 14, "gather_output": 5})
 def running_extrema(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     return (y.cummax(1).values, y.logcumsumexp(1), (y / 9).cumprod(1), y.cumsum(0), torch.cumsum(y.flip(1), 1).flip(1))

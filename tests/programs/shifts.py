@@ -11,30 +11,30 @@ from torch import Tensor
 from .table import Parts, X, labels, program
 
 
-@program(X, whole=True)
+@program(X, moves={"all_to_all": 4, "gather_output": 1})
 def all_but_the_last(m: Parts, x: Tensor) -> Any:
     return m.block(x)[:, :-1] * m.w
 
 
-@program(X, whole=True)
+@program(X, moves={"all_to_all": 4, "gather_output": 1})
 def all_but_the_first(m: Parts, x: Tensor) -> Any:
     return m.norm(m.block(x)[:, 1:])
 
 
-@program((1, 5, 12), parts=4, whole=True)
+@program((1, 5, 12), parts=4, moves={"all_to_all": 5, "gather_output": 3})
 def all_but_the_last_of_five_on_four(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     return (y[:, :-1] * m.w, y[:, 1:] * m.w, y[:, 1:-1] * m.w)
 
 
-@program((1, 9, 12), parts=4, whole=True)
+@program((1, 9, 12), parts=4, moves={"all_to_all": 15, "gather_output": 1})
 def the_last_rank_is_empty(m: Parts, x: Tensor) -> Any:
     """Nine rows are 3 + 3 + 3 + 0; eight are 2 + 2 + 2 + 2."""
     y = m.block(x)
     return m.block(y[:, :-1]) + m.block(y[:, 1:])
 
 
-@program(X, whole=True)
+@program(X, moves={"all_to_all": 8, "gather_output": 1})
 def one_less_and_back(m: Parts, x: Tensor) -> Any:
     y = m.block(x)[:, :-1]
     y = m.block(y)
@@ -56,37 +56,37 @@ def previous_token_with_a_state(m: Parts, x: Tensor, state: Tensor) -> Any:
     return (m.o(torch.cat([state, y[:, :-1]], 1)) + y, y[:, -1:])
 
 
-@program(X, whole=True)
+@program(X, moves={"all_to_all": 10, "gather_output": 1})
 def pad_shift_both_ways(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     return F.pad(y, (0, 0, 1, -1)) * m.w + F.pad(y, (0, 0, -1, 1)) + F.pad(y, (0, 0, 2, 0))[:, :-2]
 
 
-@program(X, whole=True)
+@program(X, moves={"all_to_all": 6, "gather_output": 1})
 def half_of_the_channels_shifted(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     return m.o(torch.cat([F.pad(y[..., :6], (0, 0, 1, -1)), y[..., 6:]], -1))
 
 
-@program(X, whole=True)
+@program(X, moves={"all_to_all": 9, "gather_output": 4})
 def rolls_by_few(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     return (y.roll(1, 1) * m.w, y.roll(-2, 1) * m.w, y.roll(13, 1), y.roll(-14, 1))
 
 
-@program((2, 3, 12), parts=4, whole=True)
+@program((2, 3, 12), parts=4, moves={"all_to_all": 8, "select_rows": 1, "gather_output": 3})
 def rolls_by_more_than_a_block(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     return (y.roll(2, 1), y.roll(-1, 1), F.pad(y, (0, 0, 2, -2)), y[:, 2:])
 
 
-@program((13, 2, 12), whole=True)
+@program((13, 2, 12), moves={"all_to_all": 7, "gather_output": 1})
 def roll_sequence_first(m: Parts, x: Tensor) -> Any:
     y = m.block(x.transpose(0, 1)).transpose(0, 1)
     return y.roll(1, 0) + F.pad(y, (0, 0, 0, 0, 1, -1))
 
 
-@program((2, 13, 12), whole=True)
+@program((2, 13, 12), moves={"all_to_all": 8, "gather_output": 1})
 def shifted_in_heads(m: Parts, x: Tensor) -> Any:
     """Keys shifted by one token, in the layout of the heads."""
     q, k, v = (m.split(f(x)) for f in (m.q, m.k, m.v))
@@ -94,26 +94,26 @@ def shifted_in_heads(m: Parts, x: Tensor) -> Any:
     return m.o(m.join(F.scaled_dot_product_attention(q, k, F.pad(v, (0, 0, 1, -1)), is_causal=True)))
 
 
-@program(X, whole=True)
+@program(X, moves={"all_to_all": 7, "gather_output": 1})
 def convolution_by_shifts(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     padded = F.pad(y, (0, 0, 2, 0))
     return padded[:, :-2] * m.mat[0] + padded[:, 1:-1] * m.mat[1] + padded[:, 2:] * m.mat[2]
 
 
-@program((2, 13, 12), (2, 7, 12), whole=True)
+@program((2, 13, 12), (2, 7, 12), moves={"all_to_all": 8, "gather_output": 1})
 def shift_over_streams(m: Parts, x: Tensor, t: Tensor) -> Any:
     y = m.block(torch.cat([t, x], 1))
     return m.block(torch.cat([y[:, -1:], y[:, :-1]], 1))
 
 
-@program(X, whole=True)
+@program(X, moves={"all_to_all": 8, "gather_output": 1})
 def class_token_replaced(m: Parts, x: Tensor) -> Any:
     y = m.block(torch.cat([m.cls.expand(2, -1, -1), x], 1))
     return m.block(torch.cat([m.cls.expand(2, -1, -1), y[:, 1:]], 1))
 
 
-@program(X, whole=True)
+@program(X, moves={"all_to_all": 16, "select_rows": 2, "gather_output": 1})
 def first_row_written(m: Parts, x: Tensor) -> Any:
     y = m.block(x).clone()
     y[:, 0] = m.cls[0]
@@ -127,7 +127,7 @@ def loss_of_shifted_rows(m: Parts, x: Tensor, t: Tensor) -> Any:
     return F.cross_entropy(m.head(y[:, :-1]).mT, t[:, 1:]) + F.mse_loss(y[:, 1:], y[:, :-1])
 
 
-@program(X, labels(), whole=True)
+@program(X, labels(), moves={"all_to_all": 4, "all_reduce": 2})
 def loss_of_two_heads(m: Parts, x: Tensor, t: Tensor) -> Any:
     """The next token, and the one after it."""
     lg = m.head(m.block(x))
@@ -141,13 +141,13 @@ def differences_of_neighbours(m: Parts, x: Tensor) -> Any:
     return (torch.diff(y, dim=1), (y[:, 2:] - 2 * y[:, 1:-1] + y[:, :-2]).square().mean())
 
 
-@program(X, whole=True, dynamic=True)
+@program(X, dynamic=True, moves={"all_to_all": 8, "all_reduce": 1, "gather_output": 3})
 def d_shifts(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     return (y[:, :-1] * m.w, y[:, 1:].mean(1), F.pad(y, (0, 0, 1, 0))[:, :-1] + y, y.roll(-1, 1))
 
 
-@program((1, 4, 12), parts=4, whole=True, dynamic=True)
+@program((1, 4, 12), parts=4, dynamic=True, moves={"all_to_all": 11, "gather_output": 1})
 def d_shift_of_four_on_four(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     y = torch.cat([m.cls, y[:, :-1]], 1) * m.w + y
@@ -157,7 +157,7 @@ def d_shift_of_four_on_four(m: Parts, x: Tensor) -> Any:
 # Without attention
 
 
-@program(X, shards=False, whole=True)
+@program(X, moves={"all_to_all": 4, "gather_output": 1})
 def previous_token_alone(m: Parts, x: Tensor) -> Any:
     for _ in range(2):
         before = F.pad(m.norm(x), (0, 0, 1, -1))
@@ -165,6 +165,6 @@ def previous_token_alone(m: Parts, x: Tensor) -> Any:
     return x
 
 
-@program(X, shards=False, whole=True)
+@program(X, moves={"all_to_all": 2, "gather_output": 1})
 def rolls_alone(m: Parts, x: Tensor) -> Any:
     return m.o(m.norm(x).roll(1, 1)) + m.q(x.roll(-1, 1)) + x

@@ -16,7 +16,7 @@ def mlp(m: Parts, x: Tensor) -> Tensor:
     return out
 
 
-@program(X, shards=False, whole=True)
+@program(X, moves={"all_reduce": 4, "gather_output": 1})
 def linear_attention_alone(m: Parts, x: Tensor) -> Any:
     for _ in range(2):
         y = m.norm(x)
@@ -27,21 +27,21 @@ def linear_attention_alone(m: Parts, x: Tensor) -> Any:
     return x
 
 
-@program(X, shards=False, whole=True)
+@program(X, moves={"all_to_all": 2, "all_reduce": 1})
 def linear_attention_by_einsum(m: Parts, x: Tensor) -> Any:
     q, k, v = (f(x).view(2, 13, 3, 4) for f in (m.q, m.k, m.v))
     state = torch.einsum("bshd,bshe->bhde", k.softmax(1), v)
     return m.o(torch.einsum("bshd,bhde->bshe", q.softmax(-1), state).flatten(2)) + x
 
 
-@program(X, shards=False, whole=True)
+@program(X, moves={"all_to_all": 2, "gather_output": 1})
 def causal_linear_attention(m: Parts, x: Tensor) -> Any:
     q, k, v = (m.split(f(x)) for f in (m.q, m.k, m.v))
     state = (k[..., :, None] * v[..., None, :]).cumsum(2)
     return mlp(m, m.o(m.join((q[..., None, :] @ state).squeeze(-2))) + x)
 
 
-@program(X, shards=False, whole=True)
+@program(X, moves={"all_to_all": 4, "gather_output": 1})
 def kernel_attention_as_one_product(m: Parts, x: Tensor) -> Any:
     q, k, v = (m.split(f(x)) for f in (m.q, m.k, m.v))
     s = (q @ k.mT).tril() / 13
@@ -56,13 +56,13 @@ def token_mlp(m: Parts, x: Tensor) -> Any:
     return x.mean(1)
 
 
-@program((2, 12, 12), shards=False, whole=True)
+@program((2, 12, 12), moves={"all_reduce": 1})
 def token_mlp_of_square_tokens(m: Parts, x: Tensor) -> Any:
     x = x + m.o(m.norm(x).mT).mT
     return mlp(m, x)
 
 
-@program(X, shards=False, whole=True)
+@program(X, moves={"all_to_all": 7, "gather_output": 1})
 def depthwise_convolution(m: Parts, x: Tensor) -> Any:
     for _ in range(2):
         y = F.conv1d(m.norm(x).mT, m.mat[:, :4].unsqueeze(1), m.w, padding=3, groups=12)[..., :13].mT
@@ -78,7 +78,7 @@ def dense_convolutions(m: Parts, x: Tensor) -> Any:
     return m.head(y.mT + x)
 
 
-@program((2, 3, 8, 8), shards=False, whole=True)
+@program((2, 3, 8, 8), whole=True)
 def convolution_network(m: Parts, x: Tensor) -> Any:
     y = F.conv2d(x, m.mod.weight.view(12, 3, 12)[..., :9].reshape(12, 3, 3, 3), m.w, padding=1)
     y = F.group_norm(F.relu(y), 3, m.w, m.w)
@@ -95,7 +95,7 @@ def scan_alone(m: Parts, x: Tensor) -> Any:
     return mlp(m, torch.stack(states, 1))
 
 
-@program(X, shards=False, whole=True)
+@program(X, whole=True)
 def selective_scan(m: Parts, x: Tensor) -> Any:
     """As a state-space model writes it without kernels: decays as differences of a running sum."""
     y = m.norm(x)
@@ -107,7 +107,7 @@ def selective_scan(m: Parts, x: Tensor) -> Any:
     return mlp(m, x + m.o(mixed * F.silu(m.w * y)))
 
 
-@program(X, shards=False, whole=True)
+@program(X, moves={"all_to_all": 4, "gather_output": 1})
 def running_sums(m: Parts, x: Tensor) -> Any:
     y = m.norm(x)
     mean = y.cumsum(1) / (torch.arange(13) + 1)[:, None]
@@ -121,14 +121,14 @@ def fourier_mixing(m: Parts, x: Tensor) -> Any:
     return mlp(m, x + y)
 
 
-@program(X, shards=False, whole=True)
+@program(X, moves={"all_to_all": 4, "gather_output": 1})
 def long_convolution(m: Parts, x: Tensor) -> Any:
     kernel = m.table.weight[:13].exp() * (-torch.arange(13, dtype=x.dtype)[:, None]).exp()
     spectrum = torch.fft.rfft(m.norm(x), n=26, dim=1) * torch.fft.rfft(kernel, n=26, dim=0)
     return mlp(m, x + torch.fft.irfft(spectrum, n=26, dim=1)[:, :13])
 
 
-@program(X, shards=False, whole=True)
+@program(X, moves={"all_to_all": 2, "gather_output": 1})
 def pooling_mixer(m: Parts, x: Tensor) -> Any:
     y = m.norm(x)
     return mlp(m, x + F.avg_pool1d(y.mT, 3, 1, 1, count_include_pad=False).mT - y)
@@ -147,20 +147,20 @@ def normalised_over_tokens(m: Parts, x: Tensor) -> Any:
     return mlp(m, y * m.w) * x.softmax(1)
 
 
-@program(ids(2, 13), labels(ignored=(3, 4)), shards=False, whole=True)
+@program(ids(2, 13), labels(ignored=(3, 4)), moves={"all_to_all": 5, "all_reduce": 1})
 def language_model_without_attention(m: Parts, i: Tensor, t: Tensor) -> Any:
     x = m.table(i)
     y = F.conv1d(x.mT, m.mat[:, :3].unsqueeze(1), padding=2, groups=12)[..., :13].mT
     return F.cross_entropy(m.head(mlp(m, x + y)).flatten(0, 1), t.flatten())
 
 
-@program(X, shards=False, whole=True, dynamic=True)
+@program(X, dynamic=True, moves={"all_to_all": 2, "all_reduce": 1})
 def d_linear_attention_alone(m: Parts, x: Tensor) -> Any:
     q, k, v = (m.split(f(m.norm(x))) for f in (m.q, m.k, m.v))
     return mlp(m, x + m.o(m.join(q.softmax(-1) @ (k.softmax(2).mT @ v)))) / x.shape[1]
 
 
-@program(X, shards=False, whole=True, dynamic=True)
+@program(X, dynamic=True, moves={"all_to_all": 2, "gather_output": 1})
 def d_depthwise_convolution(m: Parts, x: Tensor) -> Any:
     y = F.conv1d(x.mT, m.mat[:, :4].unsqueeze(1), m.w, padding=3, groups=12)[..., : x.shape[1]].mT
     return mlp(m, x + F.silu(y))
