@@ -257,6 +257,8 @@ class _Writer:
         if key not in self.converted:
             made = self._made(value)
             delivered = self.plan.placement(value)
+            if target == made:
+                return self.written[value]  # a neighbour that borrows the same dimension: no way home and back
             at_home = self._move(self.written[value], value, made, delivered, None)
             self.converted[value, delivered, self.region] = at_home
             if key not in self.converted:
