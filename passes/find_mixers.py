@@ -6,9 +6,9 @@
 
     kv:   f32[1, 64, 64]  = aten.matmul(k_t, v)                sums k and v over the sequence
 
-A dimension that an op needs whole, takes apart, sums two activations over, or multiplies by a weight beside a feature
-is a sequence if no weight made it: a feature comes out of a linear layer or an embedding, a batch is not mixed at all.
-A region is worth sharding only where such an op has another dimension to run on; a dense convolution has none.
+A dimension that an op needs whole, takes apart or sums two activations over is a sequence if it is no feature, which a
+weight made (a linear layer, an embedding) or will sum over; a batch is not mixed at all. A region is worth sharding
+only where such an op has another dimension to run on; a dense convolution has none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sp_compile.rule import OpShardingRule, factors_of
 
 def find_mixers(rules: GraphRules) -> tuple[SiteOperand, ...]:
     """The operands that are mixed along a sequence, in the order of the graph."""
-    features: set[tuple[fx.Node, int, int]] = set()
+    features = _summed_by_weights(rules)
     found: list[SiteOperand] = []
     for node in rules.graph.nodes:
         rule, operands = rules.rule(node), rules.operands(node)
@@ -43,6 +43,26 @@ def find_mixers(rules: GraphRules) -> tuple[SiteOperand, ...]:
                 mixed = _mixed(rule, at, weights, made)
                 found += [SiteOperand(node, at, dim) for dim in mixed if _has_another(rule, at, dim)]
     return tuple(found)
+
+
+def _summed_by_weights(rules: GraphRules) -> set[tuple[fx.Node, int, int]]:
+    """The dimensions, by (node, result, dimension), that become one which a linear layer sums over."""
+    found: set[tuple[fx.Node, int, int]] = set()
+    for node in reversed(rules.graph.nodes):
+        rule, operands = rules.rule(node), rules.operands(node)
+        if rule is None:
+            continue
+        weights = [at for at, operand in enumerate(operands) if rules.is_weight(operand)]
+        summed = _factors(rule, weights) - {f for dims in rule.results for dim in dims for f in factors_of(dim)}
+        for result, dims in enumerate(rule.results):
+            for dim, each in enumerate(dims):
+                if (node, result, dim) in found:
+                    summed.update(factors_of(each))
+        for at, operand in enumerate(operands):
+            for dim, each in enumerate(rule.operands[at]):
+                if not summed.isdisjoint(factors_of(each)):
+                    found.add((*source_of(operand), dim))
+    return found
 
 
 def _features(
@@ -74,15 +94,10 @@ def _mixed(rule: OpShardingRule, operand: int, weights: Sequence[int], features:
     found = []
     for dim, each in enumerate(rule.operands[operand]):
         factors = set(factors_of(each))
-        if not factors or not features.isdisjoint(factors):
+        if not factors or not features.isdisjoint(factors) or not _factors(rule, weights).isdisjoint(factors):
             continue
-        beside_features = not features.isdisjoint(_factors(rule, [operand]))
-        if not _factors(rule, weights).isdisjoint(factors):
-            mixes = beside_features and factors <= contracted
-        else:
-            taken_apart = rule.movement and not factors <= kept
-            mixes = taken_apart or not rule.need_replication.isdisjoint(factors) or factors <= contracted
-        if mixes:
+        taken_apart = rule.movement and not factors <= kept
+        if taken_apart or not rule.need_replication.isdisjoint(factors) or factors <= contracted:
             found.append(dim)
     return found
 

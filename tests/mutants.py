@@ -53,10 +53,19 @@ PROGRAMS = frozenset([
     "cumsum", "softmax_tokens", "norm_tokens", "amax_pool", "extrema_of_negative_rows", "sum_over_count",
     "masked_mean", "mean_used_everywhere", "std_correction", "ce_classdim", "ce_uneven", "ce_shift_slice",
     "tied_loss", "weights_of_padded_rows", "no_grad_region", "weight_first_used_without_gradient",
-    "convolution_of_equal_length", "param_both", "adaln", "kl_divergences", "mixer", "reciprocal_of_positions",
+    "convolution_of_equal_length", "all_but_the_first", "rows_that_are_cut_off_are_zero",
+    "param_both", "adaln", "kl_divergences", "mixer", "reciprocal_of_positions",
 ])
+OVERLOADS = frozenset(
+    "aten." + name for name in [
+        "add.Tensor", "linear.default", "matmul.default", "bmm.default", "mm.default", "baddbmm.default",
+        "embedding.default", "layer_norm.default", "softmax.int", "scaled_dot_product_attention.default",
+        "sum.dim_IntList", "mean.dim", "amax.default", "var.correction", "cross_entropy_loss.default", "cumsum.default",
+        "reshape.default", "permute.default", "transpose.int", "cat.default", "slice.Tensor", "conv1d.default",
+    ]
+)
 # fmt: on
-"""The programs of the table that run for each mutant; `--all`: all of them."""
+"""The programs of the table, and the rules, that run for each mutant; `--all`: all of them."""
 
 Mutant = Callable[[], AbstractContextManager[Any]]
 MUTANTS: dict[str, Mutant] = {}
@@ -401,6 +410,20 @@ def _() -> AbstractContextManager[Any]:
     return patch.object(ops, "_owned_rows", later)
 
 
+@mutant("a window begins at the first row of its stream")
+def _() -> AbstractContextManager[Any]:
+    return patch.object(ops.ShardedDim, "before", property(lambda layout: [0] * len(layout.sizes)))
+
+
+@mutant("padding keeps the rows that a slice cut off")
+def _() -> AbstractContextManager[Any]:
+    def kept(layout: Any, rank: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+        local = layout.local(parts)
+        return torch.arange(local), torch.ones(local, dtype=torch.bool)
+
+    return patch.object(ops, "_nearest_real", kept)
+
+
 @mutant("outer blocks read as one")
 def _() -> AbstractContextManager[Any]:
     stored = ops._stored_rows
@@ -450,8 +473,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.environ.get("SP_MUTANT_PROGRAMS") == "all":
         return
-    table = {item: item.name.partition("[")[2][:-1] for item in items if item.name.startswith("test_program_is_right")}
-    items[:] = [item for item in items if table.get(item) is None or table[item] in PROGRAMS]
+    chosen = {"test_program_is_right_on_every_rank": PROGRAMS, "test_rule_is_right_on_every_factor": OVERLOADS}
+
+    def runs(item: pytest.Item) -> bool:
+        test, _, case = item.name.partition("[")
+        return test not in chosen or case[:-1] in chosen[test]
+
+    items[:] = [item for item in items if runs(item)]
 
 
 # The runner
@@ -475,7 +503,7 @@ def run(name: str, programs: str) -> tuple[Counter[str], int, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="mutants (by a part of the name); all if none are given")
-    parser.add_argument("--all", action="store_true", help="run all programs of the table, not the sensitive ones")
+    parser.add_argument("--all", action="store_true", help="run all programs and rules, not the sensitive ones")
     options = parser.parse_args()
     chosen = [name for name in MUTANTS if not options.names or any(part in name for part in options.names)]
     files = list(dict.fromkeys(re.findall(r"test_(\w+)\.py", " ".join(TESTS))))

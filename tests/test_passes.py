@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from sp_compile.capture import capture
 from sp_compile.config import SequenceParallelConfig
 from sp_compile.graph import GraphRules
-from sp_compile.passes import find_attention, insert_collectives, propagate
+from sp_compile.passes import find_attention, find_mixers, insert_collectives, propagate
 from sp_compile.plan import ShardingPlan
 from sp_compile.rules import stays_whole
 from sp_compile.sharding import REPLICATED, Sharded, whole_layout
@@ -164,6 +164,65 @@ def test_short_memory_stays_whole() -> None:
 
     plan = plan_of(Cross(), heads(1, 3, 8, 4))
     assert [site.strategy for site in plan.sites] == ["local"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "memory", "parts", "strategy"),
+    [(12, 5, 2, "local"), (12, 8, 2, "all_gather_kv"), (12, 8, 3, "ulysses"), (5, 12, 2, "ulysses")],
+)
+def test_memory_that_is_projected(tokens: int, memory: int, parts: int, strategy: str) -> None:
+    """Whole if a rank then computes no more of it than of the queries; gathered if that moves less."""
+    projection = nn.Linear(4, 4)
+
+    def cross(x: Tensor, m: Tensor) -> Tensor:
+        k = projection(m)
+        return F.scaled_dot_product_attention(x.sin(), k, k)
+
+    plan = plan_of(cross, heads(1, 3, tokens, 4), heads(1, 3, memory, 4), parts=parts)
+    assert [site.strategy for site in plan.sites] == [strategy]
+
+
+WIDE, TAPS = nn.Linear(5, 6), torch.randn(6, 1, 3)
+
+
+def convolved(x: Tensor) -> Tensor:
+    return F.conv1d(WIDE(x).mT, TAPS, padding=1, groups=6).mT
+
+
+def summed_up(x: Tensor) -> Tensor:
+    return WIDE(x).cumsum(1)
+
+
+def outer_products(x: Tensor) -> Tensor:
+    y = WIDE(x)
+    return y @ (y.sigmoid().mT @ y)
+
+
+def scanned(x: Tensor) -> Tensor:
+    rows = WIDE(x).unbind(1)
+    return torch.stack([rows[0], rows[0] + rows[1]], 1)
+
+
+def dense(x: Tensor) -> Tensor:
+    return F.conv1d(WIDE(x).mT, TAPS.expand(6, 6, 3), padding=1).mT
+
+
+def row_by_row(x: Tensor) -> Tensor:
+    return WIDE(F.layer_norm(x, (5,))).softmax(-1)
+
+
+@pytest.mark.parametrize("mix", [convolved, summed_up, outer_products, scanned])
+def test_what_mixes_tokens_shards_them(mix: Callable[..., Any]) -> None:
+    _, rules = rules_of(mix, heads(1, 9, 5))
+    plan = propagate(rules, (), find_mixers(rules), 2, "auto")
+    linear = next(node for node in plan.nodes if node.name == "linear")
+    assert plan.placement(linear) == Sharded(1, whole_layout(9))
+
+
+@pytest.mark.parametrize("mix", [dense, row_by_row])
+def test_without_a_dimension_to_borrow_or_anything_mixed_nothing_is_found(mix: Callable[..., Any]) -> None:
+    _, rules = rules_of(mix, heads(1, 9, 5))
+    assert not find_mixers(rules)
 
 
 class Conv(nn.Module):

@@ -174,6 +174,16 @@ def eager_sinks(m: Parts, x: Tensor) -> Any:
     return m.o(m.join(p @ v))
 
 
+@program(X, kv=1, moves={"all_to_all": 4, "gather_output": 1})
+def sinks_under_their_maximum(m: Parts, x: Tensor) -> Any:
+    """An op of two results inside a site."""
+    q = m.split(m.q(x))
+    k, v = (m.repeated(m.split(f(x), 1)) for f in (m.k, m.v))
+    s = torch.cat([q @ k.mT / 2, m.bias.view(1, -1, 1, 1).expand(2, -1, 13, -1)], -1)
+    p = (s - s.max(-1, keepdim=True).values).softmax(-1)[..., :-1]
+    return m.o(m.join(p @ v))
+
+
 @program(X, moves={"all_to_all": 5, "gather_output": 3})
 def eager_weights_out(m: Parts, x: Tensor) -> Any:
     q, k, v = (m.split(f(x)) for f in (m.q, m.k, m.v))

@@ -196,3 +196,9 @@ def query_rows_without_keys(m: Parts, x: Tensor, lengths: Tensor) -> Any:
     kept = torch.arange(13)[None] < lengths[:, None]
     mask = kept[:, None, :, None] & kept[:, None, None]
     return torch.where(kept[..., None], m.attend(x, attn_mask=mask).nan_to_num(), x)
+
+
+@program(X, lambda: torch.arange(14)[None], moves={"all_to_all": 4, "gather_output": 1})
+def position_table_beside_a_class_token(m: Parts, x: Tensor, p: Tensor) -> Any:
+    """The table is looked up as the two streams are cut."""
+    return m.block(torch.cat([m.cls.expand(2, -1, -1), m.o(x)], 1) + m.table(p))
