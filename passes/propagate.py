@@ -24,6 +24,7 @@ import torch
 from torch import fx
 
 from sp_compile.graph import GraphRules, computes, source_of
+from sp_compile.homes import Vote, choose_homes, is_shorter, sequence_home
 from sp_compile.plan import AttentionSite, Fallback, NodePlan, ShardingPlan, SiteOperand, SitePlan
 from sp_compile.rule import OpSharding, OpShardingRule
 from sp_compile.sharding import (
@@ -49,29 +50,8 @@ def propagate(
     return _Planner(rules, sites, mixers, parts, attention).plan()
 
 
-def sequences(rules: GraphRules, sites: Sequence[AttentionSite], parts: int) -> list[SiteOperand]:
-    """The operands whose sequences the sites attend over.
-
-    Not a memory so short that no rank computes more of it whole than its share of the queries, such as a prompt.
-    """
-    found = []
-    for site in sites:
-        found.append(site.query)
-        if not _is_shorter(rules, site, parts):
-            found += [site.key, site.value]
-    return found
-
-
-def _is_shorter(rules: GraphRules, site: AttentionSite, times: int) -> bool:
-    """Whether the queries of a site are at least so many times as long as its keys."""
-    queries, keys = (
-        rules.hint(rules.shape(rules.operands(end.node)[end.index])[end.dim]) for end in (site.query, site.key)
-    )
-    return keys < queries and keys * times <= queries
-
-
-def find_marks(rules: GraphRules, ends: Sequence[SiteOperand]) -> dict[tuple[fx.Node, int], Sharded]:
-    """Where the sequence of some operands sits in each value above them, by (node, result).
+def find_marks(rules: GraphRules, homes: Sequence[Vote]) -> dict[tuple[fx.Node, int], Sharded]:
+    """Where the home of some operands sits in each value above them, by (node, result).
 
     Where two of them want different dimensions of one value, the one with more bytes below it wins.
     """
@@ -82,9 +62,8 @@ def find_marks(rules: GraphRules, ends: Sequence[SiteOperand]) -> dict[tuple[fx.
         ballot = votes.setdefault(node, {}).setdefault(result, {})
         ballot[placement] = ballot.get(placement, 0) + weight
 
-    for end in ends:
-        value = rules.operands(end.node)[end.index]
-        vote(value, Sharded(end.dim, whole_layout(rules.shape(value)[end.dim])), rules.bytes(value))
+    for value, home in homes:
+        vote(value, home, rules.bytes(value))
     marks: dict[tuple[fx.Node, int], Sharded] = {}
     for node in reversed(rules.graph.nodes):
         for result, ballot in votes.get(node, {}).items():
@@ -134,7 +113,8 @@ class _Planner:
         self.rules = rules
         self.parts = parts
         self.attention = attention
-        self.marks = find_marks(rules, sequences(rules, sites, parts) or mixers)
+        homes = choose_homes(rules, sites, parts) or [sequence_home(rules, end) for end in mixers]
+        self.marks = find_marks(rules, homes)
         self.sites = {site.nodes[0]: site for site in sites}
         self.attending = {node for site in sites for node in site.nodes}
         self.homes: dict[tuple[fx.Node, int], Placement] = dict(self.marks)
@@ -169,15 +149,20 @@ class _Planner:
         return [self._placement(operand) for operand in self.rules.operands(node)]
 
     def _find_home(self, node: fx.Node) -> None:
-        """Where the sequence sits in the results of an op: as marked, or where its operands bring it."""
+        """Where the sequence sits in the results of an op: as marked, or where its operands bring it.
+
+        Where both are one dimension rows stay together that are together in either.
+        """
         rule = self.rules.rule(node)
         if rule is None:
             return
         above = [self.homes.get(source_of(operand), REPLICATED) for operand in self.rules.operands(node)]
         carried = [rule.carry(at, above) for at, home in enumerate(above) if isinstance(home, Sharded)]
         for result in range(len(rule.results)):
-            found = [homes[result] for homes in carried if isinstance(homes[result], Sharded)]
-            self.homes.setdefault((node, result), next(iter(found), REPLICATED))
+            found = [home for homes in carried if isinstance(home := homes[result], Sharded)]
+            mark = self.marks.get((node, result))
+            votes = dict.fromkeys(found, 0) | ({mark: 1} if mark else {})
+            self.homes[node, result] = _elect(votes) if mark else next(iter(found), REPLICATED)
 
     def _homeward(self, node: fx.Node, sharding: OpSharding) -> tuple[Placement, ...]:
         """The results of an op that borrows another dimension than that of the sequence are brought home."""
@@ -384,9 +369,11 @@ class _Planner:
         kept = self._region(site, stay) if stay else None
         if kept is not None and isinstance(key, Replicated):
             return _Region(kept, "local", "keys and values are whole on every rank")
+        if kept is not None and self._stays(site, kept):
+            return _Region(kept, "local", "keys and values are where their queries are")
         if kept is not None and self.attention == "all_gather_kv":
             return _Region(kept, "all_gather_kv", "as asked for")
-        if kept is not None and self.attention == "auto" and _is_shorter(self.rules, site, self.parts - 1):
+        if kept is not None and self.attention == "auto" and is_shorter(self.rules, site, self.parts - 1):
             return _Region(kept, "all_gather_kv", "a memory so short that to gather it moves less")
         for heads, sharding in self._head_shardings(site, rule):
             if self.attention == "auto" and kept is not None and self.parts > 2 * heads:
@@ -397,6 +384,16 @@ class _Planner:
         if kept is not None:
             return _Region(kept, "all_gather_kv", "too few heads, or none that every op of the site passes")
         return _Region({}, "replicate", "no dimension that every op of the site passes")
+
+    def _stays(self, site: AttentionSite, plans: Mapping[fx.Node, NodePlan]) -> bool:
+        """Whether a site takes its keys and values as they are, for it is sharded along its windows."""
+        for end in (site.key, site.value):
+            value = self.rules.operands(end.node)[end.index]
+            planned = source_of(value)[0] in self.nodes  # a value operand may stand behind the scores
+            found = self._placement(value) if planned else self.marks.get(source_of(value))
+            if plans[end.node].operand(end.index) != found:
+                return False
+        return True
 
     def _begin_beside(self, site: AttentionSite, plans: Mapping[fx.Node, NodePlan]) -> None:
         """What else a site takes is cut as it needs it: of a bias looked up in a table of heads, the table."""

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"errors"},
     {"sharding", "rule", "ops", "random_ops", "config", "group", "canonicalize", "opaque", "region", "capture"},
-    {"rules", "graph", "plan", "cost", "functional", "data"},
+    {"rules", "graph", "plan", "homes", "cost", "functional", "data"},
     {"passes"},
     {"debug", "guard", "backend"},
     {"explain", "verify"},

@@ -1,6 +1,6 @@
 """Small programs in one table, a file per family."""
 
-from . import attention, dresses, losses, masks, mixing, modules, shifts, sizes, states, streams, tokens
+from . import attention, dresses, losses, masks, mixing, modules, shifts, sizes, states, streams, tokens, windows
 from .table import PROGRAMS, Parts, Program, moved
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "states",
     "streams",
     "tokens",
+    "windows",
 ]

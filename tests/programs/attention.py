@@ -305,7 +305,7 @@ def batch_heads_and_length_are_3(m: Parts, x: Tensor) -> Any:
     return m.block(x)
 
 
-@program((2, 4, 16), heads=4, parts=3)
+@program((2, 4, 16), heads=4, parts=3, whole=True)
 def all_are_4_by_heads(m: Parts, x: Tensor) -> Any:
     q, k, v = (f(x).view(2, 4, 4, 4) for f in (m.q, m.k, m.v))
     s = (q @ k.mT).softmax(-1)

@@ -160,7 +160,7 @@ def swin(m: Parts, x: Tensor) -> Any:
     return (y, y.mean((1, 2)))
 
 
-@program((2, 5, 7, 12), moves={"all_to_all": 12, "gather_output": 1})
+@program((2, 5, 7, 12), moves={"all_to_all": 8, "gather_output": 1})
 def spacetime(m: Parts, x: Tensor) -> Any:
     y = m.block(x.flatten(0, 1)).view(2, 5, 7, 12)
     y = m.block(y.transpose(1, 2).flatten(0, 1)).view(2, 7, 5, 12).transpose(1, 2)
