@@ -401,7 +401,7 @@ def programs(draw: st.DrawFn) -> RandomProgram:
 
 
 @settings(
-    max_examples=20,
+    max_examples=8,
     derandomize=True,
     deadline=None,
     database=None,

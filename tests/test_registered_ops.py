@@ -238,7 +238,7 @@ def test_the_strategies_of_sdpa(attention: str) -> None:
         _, k, v = qkv(m, memory)
         return m.o(bshd_cross(q, k, v).flatten(2))
 
-    inputs = tokens(1, 13, 12), tokens(1, 7, 12)
+    inputs = tokens(1, 13, 12), tokens(1, 17, 12)
     (graph,) = assert_equivalent(Parts(body), inputs, options={"attention": attention})
     strategy = {"auto": "ulysses"}.get(attention, attention)
     assert [site.strategy for site in graph.plan.sites] == [strategy]

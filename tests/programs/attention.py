@@ -103,7 +103,7 @@ def gqa_repeat_eager_bmm(m: Parts, x: Tensor) -> Any:
     return m.o(m.join(torch.bmm(torch.bmm(q, k.mT).softmax(-1), v).view(2, 6, 13, 4)))
 
 
-@program(WIDE, heads=6, kv=2, parts=4, moves={"all_to_all": 6, "all_reduce": 1, "gather_output": 1})
+@program(WIDE, heads=6, kv=2, parts=4, moves={"all_to_all": 4, "all_reduce": 1, "gather_output": 1})
 def gqa_repeat_used_twice(m: Parts, x: Tensor) -> Any:
     k = m.split(m.k(x), 2).repeat_interleave(3, 1)
     v = m.split(m.v(x), 2).repeat_interleave(3, 1)
@@ -132,7 +132,7 @@ def q_used_outside(m: Parts, x: Tensor) -> Any:
     return ((o * q.sigmoid()).sum((1, 3)), v.mean(2))
 
 
-@program(X, moves={"all_to_all": 6, "gather_output": 1})
+@program(X, moves={"all_to_all": 4, "gather_output": 1})
 def shared_k(m: Parts, x: Tensor) -> Any:
     k, v = (m.split(m.k(x)), m.split(m.v(x)))
     a = F.scaled_dot_product_attention(m.split(m.q(x)), k, v)

@@ -185,7 +185,7 @@ def online_softmax(m: Parts, x: Tensor) -> Any:
     return m.o(m.join(out / total))
 
 
-@program((2, 3, 7, 12), parts=4, moves={"all_to_all": 7, "gather_output": 1})
+@program((2, 3, 7, 12), parts=4, moves={"all_to_all": 4, "gather_output": 1})
 def axial(m: Parts, x: Tensor) -> Any:
     """Rows, then columns, with the heads in a dimension of their own and no flattening."""
     q, k, v = (f(x).unflatten(-1, (3, 4)) for f in (m.q, m.k, m.v))

@@ -59,7 +59,7 @@ def an_empty_stream(m: Parts, x: Tensor, t: Tensor) -> Any:
     return (y, y[:, :0], y[:, 13:].sum(1))
 
 
-@program((1, 13, 4), heads=1, parts=4, moves={"all_gather": 2, "gather_output": 1})
+@program((1, 13, 4), heads=1, parts=4, moves={"gather_seq": 2, "gather_output": 1})
 def one_head_on_four(m: Parts, x: Tensor) -> Any:
     return m.block(x, is_causal=True)
 
