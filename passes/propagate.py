@@ -6,11 +6,12 @@
     o        f32[1, 4, 32, 16]  attention       S(1: 4)      the site borrows the heads, and delivers S(2: 32)
     y        f32[1, 32, 64]     view, linear    S(1: 32)
 
-Three walks. *Marks* (backward): every value whose dimension becomes the query or key sequence of a site, with the
-granule that the views below need. *Homes* (forward): an op follows the shards that it is given; where two operands
-disagree the cheaper conversion wins; an op that needs its home factor whole borrows another and returns home at once.
-*Sites*: what lies between two contractions borrows the heads as one region (Ulysses), or keeps its queries and takes
-K and V whole. What cannot be sharded runs on whole values, and is written down as a fallback.
+Three walks. *Marks* (backward): every value whose dimension becomes the home of a site, or without any site the
+sequence of what else mixes one, with the granule that the views below need. *Homes* (forward): an op follows the shards
+that it is given; where two operands disagree the cheaper conversion wins; an op that needs its home factor whole
+borrows another and returns home at once. *Sites*: what lies between two contractions borrows the heads as one region
+(Ulysses), or keeps its queries and takes K and V whole. What cannot be sharded runs on whole values, and is written
+down as a fallback.
 """
 
 from __future__ import annotations
