@@ -38,7 +38,7 @@ from torch.distributed.distributed_c10d import GroupName, _get_group_size_by_nam
 from sp_compile.errors import SequenceParallelError
 from sp_compile.sharding import block_rows
 
-LOWERING_VERSION = 3
+LOWERING_VERSION = 4
 """Part of every compile cache key: raise it whenever what an op lowers to changes."""
 
 _collectives = torch.ops._c10d_functional
@@ -155,7 +155,7 @@ def _owned_rows(layout: ShardedDim, ranks: Tensor, parts: int) -> tuple[Tensor, 
     for size, granule, before, block in segments:
         row = ranks.view(-1, 1, 1) * block + torch.arange(block, device=ranks.device) - before
         last = (size - granule + (row - size) % granule).clamp(min=0)
-        padded = torch.where(row < size, row % granule, last) if layout.windows else last
+        padded = torch.where(row < size, (row % granule).clamp(max=size - 1), last) if layout.windows else last
         is_real = (row >= 0) & (row < size) if layout.windows else row < size
         rows.append(torch.where(is_real, row, padded) + start)
         real.append(is_real)
@@ -650,11 +650,12 @@ def refill_padding(
     nearest = x.index_select(layout.dim, mine)
     if layout.each_rank_has_rows(parts):
         return nearest
-    starts = [sum(layout.sizes[:at]) for at in range(len(layout.sizes))]
+    starts, blocks = [sum(layout.sizes[:at]) for at in range(len(layout.sizes))], layout.blocks(parts)
+    # Sizes may be symbolic: no tensor is made from a list of them.
     first = torch.cat([torch.full((1,), start, device=x.device, dtype=torch.int64) for start in starts])
     rows = select_rows(x, rank, dim, outer, sizes, granules, first, group, windows)
-    counts = torch.tensor(layout.blocks(parts), device=x.device)
-    remote = rows.repeat_interleave(counts, layout.dim, output_size=layout.local(parts))
+    segment = torch.cat([torch.full((n,), at, device=x.device, dtype=torch.int64) for at, n in enumerate(blocks)])
+    remote = rows.index_select(layout.dim, segment)
     return torch.where(present.view(-1, *[1] * (x.dim() - layout.dim - 1)), nearest, remote)
 
 

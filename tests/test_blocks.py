@@ -41,10 +41,12 @@ class Blocks:
         before, after = self.windows[::2] or (0,) * len(self.sizes), self.windows[1::2] or (0,) * len(self.sizes)
         segments = [*zip(self.sizes, self.layout.granules, before, after, strict=True)]
         for size, granule, low, high in segments * self.outer:
-            rows = [(start + i % granule, False) for i in range(low)] + [(start + i, True) for i in range(size)]
-            span = low + size + high
-            while len(rows) < span or len(rows) % (granule * parts):
-                rows.append((rows[max(-granule, -len(rows))][0], False))
+            # Rows that are gone, and padding, repeat the nearest granule.
+            rows = [(start + min((i - low) % granule, size - 1), False) for i in range(low)]
+            rows += [(start + i, True) for i in range(size)]
+            while len(rows) < low + size + high or len(rows) % (granule * parts):
+                beyond = len(rows) - low - size
+                rows.append((start + max(size - granule + beyond % granule, 0), False))
             block = len(rows) // parts
             for rank in range(parts):
                 owned[rank] += rows[rank * block : (rank + 1) * block]
@@ -79,10 +81,12 @@ class Blocks:
 def blocks(draw: st.DrawFn) -> Blocks:
     segments = draw(st.integers(1, 3))
     granules = draw(st.lists(st.integers(1, 4), min_size=segments, max_size=segments))
+    # A window may begin and end inside a granule; blocks are cut of whole ones.
+    steps = draw(st.sampled_from([granules, [1] * segments]))
     counts = draw(st.lists(st.integers(1, 9), min_size=segments, max_size=segments))
-    sizes = (count * granule for count, granule in zip(counts, granules, strict=True))
+    sizes = (count * step for count, step in zip(counts, steps, strict=True))
     gone = draw(st.one_of(st.just([]), st.lists(st.integers(0, 9), min_size=2 * segments, max_size=2 * segments)))
-    windows = tuple(rows * granules[at // 2] for at, rows in enumerate(gone))
+    windows = tuple(rows * steps[at // 2] for at, rows in enumerate(gone))
     return Blocks(0, tuple(sizes), tuple(granules), draw(st.integers(1, 3)), windows)
 
 

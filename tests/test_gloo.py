@@ -28,6 +28,7 @@ from sp_compile import (
     rewritten_graphs,
     sp_backend,
 )
+from sp_compile.debug import unsharded_graphs
 
 from .gloo_pool import GlooPool
 from .models import MODELS, inputs_of
@@ -216,6 +217,46 @@ def in_inference_mode(inner: str) -> float:
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
 def test_inference_mode(gloo2: GlooPool, inner: str) -> None:
     assert max(gloo2.run(in_inference_mode, inner)) < 1e-5
+
+
+class Shifted(nn.Module):
+    """A loss on all tokens but the last, and rows that a slice cut off, which would divide by 0 as padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.head = Block(3), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.block(x)
+        loss = nn.functional.cross_entropy(self.head(y)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        kept = (y * (torch.arange(x.shape[1]) >= 3)[:, None])[:, 3:]
+        return loss, (kept / (kept * kept).sum(-1, keepdim=True)).square().mean(1)
+
+
+def with_shifts(inner: str) -> list[float]:
+    """The largest error for each of several lengths through one dynamic graph."""
+    alone = Shifted()
+    model = copy.deepcopy(alone)
+    compiled = torch.compile(model, backend=partial(sp_backend, options={"inner_backend": inner}), dynamic=True)
+    errors = []
+    for length in (7, 12, 9):
+        x, labels = torch.randn(2, length, 12), torch.randint(5, (2, length))
+        outputs = []
+        for module in (alone, compiled):
+            module.zero_grad()
+            loss, kept = module(x, labels)
+            (loss + kept.sum()).backward()
+            outputs.append(torch.cat([loss.view(1), kept.flatten()]).detach())
+        error = float(((outputs[0] - outputs[1]) / outputs[0]).abs().max())
+        errors.append(max(error, *gradient_errors(alone, model).values()))
+    assert len(rewritten_graphs()) and not unsharded_graphs()
+    return errors
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_rows_that_are_cut_off_through_one_dynamic_graph(gloo2: GlooPool, inner: str) -> None:
+    for errors in gloo2.run(with_shifts, inner):
+        assert max(errors) < 1e-4, errors
 
 
 def lowered_hashes() -> list[str]:
