@@ -12,6 +12,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
+from sp_compile.patch_embedding import linear_of_patches, patch_embeddings
+
 aten = torch.ops.aten
 
 GRAD_MODE = torch._C._set_grad_enabled
@@ -55,11 +57,15 @@ def canonical(
         env[old_placeholders[i]] = clone
     grad_mode = torch.is_grad_enabled()
     switches = bool(traced.graph.find_nodes(op="call_function", target=GRAD_MODE))
+    # A view in another grad mode than its convolution cuts the gradient, or does not.
+    patches = {} if switches else patch_embeddings(traced.graph, _RESHAPES)
     for old in traced.graph.nodes:
         if old.target is GRAD_MODE:
             grad_mode = old.args[0]
-        if old.op in ("call_function", "call_module", "get_attr"):
+        if old.op in ("call_function", "call_module", "get_attr") and old not in env:
             env[old] = _rewrite(graph, traced, old, env, cuts_gradient=switches and not grad_mode)
+        if old in patches:
+            env[patches[old]] = linear_of_patches(graph, old, patches[old], env)
     results: list[Any] = pytree.tree_map_only(
         Node,
         env.__getitem__,

@@ -456,6 +456,20 @@ def test_empty_cache_is_no_operand_of_cat() -> None:
     assert aten.cat.default not in targets(graph)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_patch_embedding_is_a_linear_map_of_patches(grad: bool) -> None:
+    """Not where a view in another grad mode than the convolution would let a gradient through."""
+
+    def embed(parts: Any, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(grad):
+            y = parts[0](x)
+        return y.flatten(2).transpose(1, 2) * x.sum()
+
+    (captured,) = run(Program(embed, nn.Conv2d(3, 8, 2, 2)), torch.randn(2, 3, 4, 6, requires_grad=True))
+    targets = [node.target for node in captured.graph_module.graph.nodes]
+    assert (aten.linear.default in targets) == grad and (aten.conv2d.default in targets) != grad
+
+
 def test_user_line_and_short_names() -> None:
     names: list[str] = []
 

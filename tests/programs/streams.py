@@ -187,3 +187,50 @@ def butterfly(m: Parts, x: Tensor) -> Any:
     y = m.block(x).view(2, 2, 2, 2, 12)
     y = y.transpose(1, 3).reshape(2, 8, 12)
     return (m.block(y), y.view(2, 4, 2, 12).sum(2), y.reshape(2, 2, 4, 12).flip(2).flatten(1, 2))
+
+
+def kernels(m: Parts, *kernel: int) -> Tensor:
+    """`[12, 3, *kernel]`"""
+    return m.mod.weight[:, : torch.Size(kernel).numel()].reshape(12, 3, *kernel)
+
+
+@program((2, 3, 6, 10), parts=4, moves={"all_to_all": 4, "gather_output": 1})
+def patch_embedding(m: Parts, x: Tensor) -> Any:
+    y = F.conv2d(x, kernels(m, 2, 2), m.w, stride=2).flatten(2).transpose(1, 2)
+    return m.block(torch.cat([m.cls.expand(2, -1, -1), y], 1))
+
+
+@program((2, 3, 4, 6, 2), parts=3)
+def patch_embedding_of_frames(m: Parts, x: Tensor) -> Any:
+    y = F.conv3d(x, kernels(m, 1, 2, 2), stride=(1, 2, 2)).flatten(2).mT
+    return m.block(y), x * 2
+
+
+@program((2, 5, 3, 4, 6), parts=2)
+def patch_embedding_of_each_frame(m: Parts, x: Tensor) -> Any:
+    y = F.conv2d(x.flatten(0, 1), kernels(m, 2, 2), m.w, stride=2)
+    return m.block(y.view(2, 5, *y.shape[1:]).flatten(3).transpose(2, 3).flatten(1, 2))
+
+
+@program((2, 3, 6, 10), parts=2)
+def frozen_patch_embedding(m: Parts, x: Tensor) -> Any:
+    """The convolution without a gradient, its view with one."""
+    with torch.no_grad():
+        y = F.conv2d(x, kernels(m, 2, 2), m.w, stride=2)
+    return m.block(y.flatten(2).transpose(1, 2)) * m.w
+
+
+@program((2, 3, 6, 10), parts=3)
+def patch_embedding_read_twice(m: Parts, x: Tensor) -> Any:
+    y = F.conv2d(x, kernels(m, 2, 2), m.w, stride=2)
+    return m.block(y.flatten(2).transpose(1, 2)), y.mean((2, 3))
+
+
+@program((2, 3, 7, 10), parts=2)
+def patch_embedding_with_a_row_left_over(m: Parts, x: Tensor) -> Any:
+    return m.block(F.conv2d(x, kernels(m, 2, 2), m.w, stride=2).flatten(2).mT)
+
+
+@program((2, 3, 27), parts=4, dynamic=True)
+def patches_of_a_wave(m: Parts, x: Tensor) -> Any:
+    return m.block(F.conv1d(x, kernels(m, 3), stride=3, padding="valid").flatten(2).mT)
