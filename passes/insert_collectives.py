@@ -364,7 +364,11 @@ class _Writer:
     def _add(
         self, origin: fx.Node | None, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> fx.Node:
-        node = self.graph.call_function(target, args, kwargs)
+        if isinstance(target, fx.GraphModule):
+            assert origin is not None
+            node = self.graph.call_module(str(origin.target), args, kwargs)
+        else:
+            node = self.graph.call_function(target, args, kwargs)
         if origin is not None:
             # What was received is saved: a checkpointed region is computed again in backward, not sent for again.
             moves = isinstance(target, torch._ops.OpOverload) and target._schema.name in _MOVING

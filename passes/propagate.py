@@ -24,7 +24,7 @@ from operator import getitem
 import torch
 from torch import fx
 
-from sp_compile.graph import GraphRules, computes, source_of
+from sp_compile.graph import GraphRules, op_of, source_of
 from sp_compile.homes import Vote, choose_homes, is_shorter, sequence_home
 from sp_compile.plan import AttentionSite, Fallback, NodePlan, ShardingPlan, SiteOperand, SitePlan
 from sp_compile.rule import OpSharding, OpShardingRule
@@ -134,7 +134,7 @@ class _Planner:
                 planned |= region.nodes
             if isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
                 continue  # numbers are those of the global shapes
-            if computes(node):
+            if op_of(node) is not None:
                 self._find_home(node)
                 self.nodes[node] = planned.get(node) or self._plan_op(node)
             elif node.target is getitem:

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from .rule import Op, OpCall, OpShardingRule, TensorSpec, in_order
+from .rule import Op, OpCall, OpShardingRule, TensorSpec, called_module, in_order
 from .rules import has_rule, rule_for
 from .sharding import Size
 
@@ -34,23 +34,20 @@ def source_of(value: fx.Node) -> tuple[fx.Node, int]:
 
 
 def op_of(node: fx.Node) -> Op | None:
-    """The op that a node calls, if rules may speak of it: an overload, or a higher-order operator with a rule."""
+    """The op that a node calls: an overload, a higher-order operator with a rule, or an opaque part as a module."""
+    if node.op == "call_module":
+        return called_module(node)
     target = node.target
     if isinstance(target, OpOverload) or (isinstance(target, HigherOrderOperator) and has_rule(target)):
         return target
     return None
 
 
-def computes(node: fx.Node) -> bool:
-    """Whether a node is a call that makes values: of an op, or of an opaque part of the Dynamo graph."""
-    return op_of(node) is not None or node.op == "call_module"
-
-
 def operand_nodes(node: fx.Node) -> tuple[fx.Node, ...]:
     """The tensor operands of a call in the order of `OpCall.operands`: one entry per use, lists flattened."""
     op = op_of(node)
     arguments = in_order(op, node.args, node.kwargs) if op is not None else node.args
-    leaves = pytree.tree_leaves(arguments) if computes(node) else ()
+    leaves = pytree.tree_leaves(arguments) if op is not None else ()
     return tuple(leaf for leaf in leaves if isinstance(leaf, fx.Node) and is_tensor(leaf))
 
 

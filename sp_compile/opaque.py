@@ -68,16 +68,17 @@ def collapse(gm: GraphModule, known: Known) -> GraphModule:
     modules = {name: collapse(body, known) for name, body in _retraced_bodies(gm).items()}
     graph = Graph()
     env: dict[Node, Node] = {}
-    rest = nodes
-    while rest:
-        name, part = _opaque_part(gm, rest, known)
+    outlined: set[Node] = set()
+    for at, node in enumerate(nodes):
+        if node in outlined:
+            continue
+        name, part = _opaque_part(gm, nodes, at, known)
+        outlined.update(part)
         if part:
             name = f"{name}_{len(modules)}"
             modules[name] = _outline(gm, part, graph, env, name)
         else:
-            env[rest[0]] = graph.node_copy(rest[0], env.__getitem__)
-        taken = set(part or rest[:1])
-        rest = [node for node in rest if node not in taken]
+            env[node] = graph.node_copy(node, env.__getitem__)
     for node in graph.find_nodes(op="get_attr"):
         if not node.users:
             graph.erase_node(node)
@@ -101,24 +102,24 @@ def _is_retraced(gm: GraphModule, call: Node) -> bool:
     return call.target in RETRACED and known
 
 
-def _opaque_part(gm: GraphModule, nodes: Sequence[Node], known: Known) -> tuple[str, list[Node]]:
-    """The name and the nodes of the opaque part that begins with the first of `nodes`; none if it begins no such."""
-    first = nodes[0]
+def _opaque_part(gm: GraphModule, nodes: Sequence[Node], start: int, known: Known) -> tuple[str, list[Node]]:
+    """The name and the nodes of the opaque part that begins at `start`; none if none begins there."""
+    first = nodes[start]
     if first.op == "call_module":
         raise CaptureError(f"the opaque module {first.target} cannot be re-traced ({user_line(first)})")
     if isinstance(first.target, HigherOrderOperator) and not known(first.target) and not _is_retraced(gm, first):
         if first.target.name() not in _PURE:
             raise CaptureError(f"the higher-order operator {first.target.name()} has effects ({user_line(first)})")
-        results = [node for node in nodes if node.target is getitem and node.args[0] is first]
+        results = [node for node in first.users if node.target is getitem and node.args[0] is first]
         return first.target.name(), [first, *results]
     if first.target not in _MODES:
         return "", []
     name, end = _MODES[first.target]
     depth = 0
-    for at, node in enumerate(nodes):
-        depth += (node.target is first.target) - (node.target is end)
+    for at in range(start, len(nodes)):
+        depth += (nodes[at].target is first.target) - (nodes[at].target is end)
         if depth == 0:
-            return name, list(nodes[: at + 1])
+            return name, list(nodes[start : at + 1])
     raise CaptureError(f"{name} does not end in this graph ({user_line(first)})")
 
 

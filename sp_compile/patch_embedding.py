@@ -40,12 +40,13 @@ def patch_embeddings(graph: Graph, reshapes: Collection[Any]) -> dict[Node, Node
 
 def _side_by_side(conv: Node) -> bool:
     """Whether the windows of one group of a convolution of static lengths cover its operand without overlap."""
-    (x, weight, *_), given = conv.args, conv.args[3:]
-    x, weight = x.meta["val"], weight.meta["val"]  # type: ignore[union-attr]
-    stride, padding, dilation, groups = (*given, *(1, 0, 1, 1)[len(given) :])
-    kernel, rows = list(weight.shape[2:]), list(x.shape[2:])
+    operands, given = conv.all_input_nodes, conv.args[3:]
+    x, weight = operands[0].meta["val"], operands[1].meta["val"]
+    defaults: tuple[Any, ...] = (1, 0, 1, 1)
+    stride, padding, dilation, groups = given + defaults[len(given) :]
+    kernel, rows = list(weight.shape)[2:], list(x.shape)[2:]
     each = len(kernel)
-    return (
+    return bool(
         x.dim() == each + 2
         and all(isinstance(size, int) for size in rows)
         and _per_dimension(stride, each) == kernel

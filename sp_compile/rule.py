@@ -43,7 +43,8 @@ from .sharding import (
 
 _CPU = torch.device("cpu")
 
-Op: TypeAlias = OpOverload | HigherOrderOperator
+Op: TypeAlias = OpOverload | HigherOrderOperator | fx.GraphModule
+"""What a node calls: of the Dynamo graph's opaque parts the module."""
 
 
 @cache
@@ -52,6 +53,8 @@ def argument_defaults(op: Op) -> Mapping[str, Any]:
 
     A higher-order operator has no schema: its arguments are those of its `__call__`.
     """
+    if isinstance(op, fx.GraphModule):
+        return {node.name: None for node in op.graph.find_nodes(op="placeholder")}
     if isinstance(op, OpOverload):
         schema = op._schema.arguments
         return {each.name: each.default_value if each.has_default_value() else None for each in schema}
@@ -116,16 +119,24 @@ class OpCall:
     @staticmethod
     def of_node(node: fx.Node) -> OpCall:
         """From a node of a captured graph. A graph among the arguments, as of a `score_mod`, is a `GraphModule`."""
-        assert isinstance(node.target, (OpOverload, HigherOrderOperator))
+        target = called_module(node) if node.op == "call_module" else node.target
+        assert isinstance(target, (OpOverload, HigherOrderOperator, fx.GraphModule))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), _value)
-        return OpCall.of(node.target, args, kwargs, node.meta["val"])
+        return OpCall.of(target, args, kwargs, node.meta["val"])
 
 
 def _value(node: fx.Node) -> Any:
     if node.op == "get_attr" and "val" not in node.meta:
-        assert node.graph.owning_module is not None and isinstance(node.target, str)
-        return node.graph.owning_module.get_submodule(node.target)
+        return called_module(node)
     return node.meta["val"]
+
+
+def called_module(node: fx.Node) -> fx.GraphModule:
+    """The module that a node names."""
+    assert node.graph.owning_module is not None and isinstance(node.target, str)
+    module = node.graph.owning_module.get_submodule(node.target)
+    assert isinstance(module, fx.GraphModule)
+    return module
 
 
 Factors = tuple[str, ...]

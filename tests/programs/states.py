@@ -281,6 +281,48 @@ class Tripled(torch.autograd.Function):
         return gradients[0] * 3 + gradients[1][:, None] * w, (gradients[0] * x * 5).sum((0, 1))
 
 
+class Bent(torch.autograd.Function):
+    """Pointwise, with a backward that is not that of its forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Any:
+        bent = x * torch.tanh(y * 0.5)
+        ctx.save_for_backward(x, bent)
+        return bent, x.abs() + 1
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x, bent = ctx.saved_tensors
+        masked = torch.where(x > 0, gradients[0], gradients[0] * 0.1)
+        return masked * 3 + (1 - bent * bent) * gradients[1], -gradients[0] / (x * x + 1)
+
+
+@program(X, parts=4, moves={"all_to_all": 8, "gather_output": 2})
+def a_pointwise_function(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    bent, far = Bent.apply(y, m.o(y))
+    return m.block(bent), far * m.w
+
+
+class WithPenalty(torch.autograd.Function):
+    """A backward that is not 0 where the gradient is: 0.1 is added for each row, and padding is none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Any:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return gradients[0] * (1 - x.tanh() ** 2) + 0.1
+
+
+@program(X, parts=4, whole=True)
+def a_function_that_adds_to_the_gradient(m: Parts, x: Tensor) -> Any:
+    return m.o(WithPenalty.apply(m.o(m.block(x))))
+
+
 @program(X, whole=True, moves={"all_to_all": 8, "all_gather": 1, "gather_output": 1})
 def custom_backward(m: Parts, x: Tensor) -> Any:
     y, z = Tripled.apply(m.block(x), m.w)
