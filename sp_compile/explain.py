@@ -24,6 +24,7 @@ from torch._C._distributed_c10d import _register_process_group, _unregister_proc
 from torch._dynamo import pgo
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.distributed.distributed_c10d import GroupName
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 from torch.utils._dtype_abbrs import dtype_abbrs
@@ -228,7 +229,8 @@ def explain(
     if sp_size < 2:
         raise ConfigurationError(f"sp_size is {sp_size}: a sequence is shared by 2 ranks or more")
     config = SequenceParallelConfig.from_options(options)
-    explained, incomplete = [], ""
+    explained: list[_Explained] = []
+    incomplete = ""
     with _group_of(sp_size) as group, _dynamo_undisturbed():
 
         def plan(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -237,7 +239,7 @@ def explain(
 
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         call, inputs, keywords = _faked(mode, _unwrapped(model), args, kwargs)
-        compiled = torch.compile(call, backend=plan, dynamic=False, isolate_recompiles=True)
+        compiled = torch._dynamo.optimize(plan, dynamic=False, isolate_recompiles=True)(call)
         try:
             with mode:
                 compiled(*inputs, **keywords)
@@ -290,10 +292,10 @@ def _fake(mode: FakeTensorMode, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _group_of(parts: int) -> Iterator[str]:
+def _group_of(parts: int) -> Iterator[GroupName]:
     """The name of a group that can be asked for its size, and for nothing else."""
-    name = f"sp_compile.explain on {parts} ranks"
-    group = dist.ProcessGroup(0, parts)  # the registry alone would not keep it
+    name = GroupName(f"sp_compile.explain on {parts} ranks")
+    group = dist.ProcessGroup(0, parts)  # type: ignore[call-arg]  # the registry alone would not keep it
     _register_process_group(name, group)
     try:
         yield name
@@ -452,7 +454,8 @@ def _sites(planned: PlannedGraph, launches: Sequence[Launches], parts: int) -> l
         heads, kv_heads = _heads(planned, each, [one.name for one in own])
         query, key = (rules.operands(end.node)[end.index] for end in (each.site.query, each.site.key))
         made = output if isinstance(output.meta["val"], Tensor) else next(iter(output.users))
-        sizes = SiteSizes(rules.bytes(query), *map(rules.bytes, each.moved[1:]), rules.bytes(made), heads, kv_heads)
+        moved_key, moved_value = map(rules.bytes, each.moved[1:])
+        sizes = SiteSizes(rules.bytes(query), moved_key, moved_value, rules.bytes(made), heads, kv_heads)
         others = attention_bytes(sizes, parts)
         site = Site(
             module=module_path(output),

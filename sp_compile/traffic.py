@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -83,7 +83,7 @@ class _Counter(TorchDispatchMode):
     """Notes each launch with the node that runs, or in backward the one whose gradient is taken."""
 
     def __init__(self, graph: fx.Graph, parts: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.nodes = {node.name: node for node in graph.nodes}
         self.parts = parts
         self.running = ""
@@ -101,9 +101,11 @@ class _Counter(TorchDispatchMode):
     def _note(self, kind: str, result: Tensor) -> None:
         name = self.running
         if self.backward:
-            name = torch._C._current_autograd_node().metadata[_LABEL]  # type: ignore[attr-defined]
+            running: Any = torch._C._current_autograd_node()
+            name = running.metadata[_LABEL]
         node = self.nodes[name]
-        noted = self.found.setdefault(name, Traffic(str(node.target._opname)))  # type: ignore[union-attr]
+        assert isinstance(node.target, OpOverload)
+        noted = self.found.setdefault(name, Traffic(node.target._opname))
         noted.launches[self.backward] += 1
         padded = received(result, kind == "all_reduce", self.parts)
         noted.padded[self.backward] += padded
