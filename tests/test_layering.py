@@ -15,7 +15,7 @@ LAYERS = (
     {"rules", "graph", "plan", "homes", "cost", "functional", "data"},
     {"passes"},
     {"debug", "guard", "backend"},
-    {"explain", "verify"},
+    {"page", "explain", "verify"},
 )
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 
