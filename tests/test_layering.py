@@ -15,7 +15,7 @@ LAYERS = (
     {"rules", "graph", "plan", "homes", "cost", "traffic", "links", "functional", "data"},
     {"passes"},
     {"debug", "guard", "backend"},
-    {"explain", "page", "verify"},
+    {"page", "report", "explain", "verify"},
     {"__main__"},
 )
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
