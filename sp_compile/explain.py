@@ -12,7 +12,7 @@ import copy
 import re
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,11 +30,13 @@ from torch.distributed.distributed_c10d import GroupName
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 from torch.utils._dtype_abbrs import dtype_abbrs
+from torch.utils.flop_counter import flop_registry
 
 from .backend import PlannedGraph, plan_graph
 from .config import SequenceParallelConfig
 from .cost import SiteSizes, attention_bytes, flops, peak_activation_bytes, planned_flops, received
 from .errors import CaptureError, ConfigurationError, user_line
+from .graph import GraphRules
 from .links import Links
 from .plan import Fallback, ShardingPlan, SitePlan
 from .report import FallbackCost, Graph, Launches, Op, Output, Report, Scale, Site, Strategy, Totals, WholeOp
@@ -175,6 +177,8 @@ class _Explained:
     """Forward and backward."""
     sizes: tuple[tuple[SiteSizes, str], ...] = ()
     """Of each site, and its strategy."""
+    uncounted: tuple[str, ...] = ()
+    """See `Totals.flops_unknown`."""
 
 
 def _explain_graph(
@@ -197,7 +201,8 @@ def _explain_graph(
     fallbacks = [_fallback(each, plan) for each in plan.fallbacks]
     if planned.sharded is None:
         ops = [_op(node, node, None, plan) for node in nodes]
-        return _Explained(Graph(name, "nothing to shard", ends, ops, [], [], fallbacks, []), work, (alone, alone))
+        graph = Graph(name, "nothing to shard", ends, ops, [], [], fallbacks, [])
+        return _Explained(graph, work, (alone, alone), uncounted=_uncounted(nodes))
     rewritten = planned.sharded.graph_module.graph
     moved = traffic(planned.sharded.graph_module, planned.captured.inputs, parts)
     captured = {node.name: node for node in nodes}
@@ -208,9 +213,9 @@ def _explain_graph(
     graph = Graph(
         name, "", ends, ops, [each.site for each in sites], launches, fallbacks, _outputs(rewritten, launches)
     )
-    bounds = _lower_bounds(sites, launches, origins, parts)
+    bounds = _lower_bounds(planned.rules, sites, launches, origins, parts)
     sizes = tuple((each.sizes, each.site.strategy) for each in sites)
-    return _Explained(graph, work, (peak_activation_bytes(rewritten), alone), bounds, sizes)
+    return _Explained(graph, work, (peak_activation_bytes(rewritten), alone), bounds, sizes, _uncounted(nodes))
 
 
 def _op(node: fx.Node, captured: fx.Node | None, moved: Traffic | None, plan: ShardingPlan) -> Op:
@@ -367,7 +372,11 @@ def _before_repetition(planned: PlannedGraph, value: fx.Node) -> int:
 
 
 def _lower_bounds(
-    sites: Sequence[_Site], launches: Sequence[Launches], origins: Mapping[str, fx.Node | None], parts: int
+    rules: GraphRules,
+    sites: Sequence[_Site],
+    launches: Sequence[Launches],
+    origins: Mapping[str, fx.Node | None],
+    parts: int,
 ) -> tuple[int, int]:
     """See `Totals`."""
     least = []
@@ -378,7 +387,7 @@ def _lower_bounds(
     backward = sum(size for size, each in zip(least, sites, strict=True) if each.trained)
     for launched in launches:
         source = origins.get(launched.name)
-        if launched.op == "sp.replicate" and source is not None and source.op == "placeholder":
+        if launched.op == "sp.replicate" and source is not None and rules.is_weight(source):
             backward += received(source.meta["val"], True, parts)
     return forward, backward
 
@@ -420,6 +429,18 @@ def _fallback(fallback: Fallback, plan: ShardingPlan) -> WholeOp:
     return WholeOp(_op_name(node), user_line(node), fallback.reason, cost, remedy)
 
 
+def _uncounted(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
+    """The opaque parts and foreign ops among some nodes of whose FLOPs nothing is known."""
+    found = dict[str, None]()
+    for node in nodes:
+        target = node.target
+        foreign = isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "sp", "prims")
+        known = isinstance(target, torch._ops.OpOverload) and target.overloadpacket in flop_registry
+        if node.op == "call_module" or (foreign and not known):
+            found[_op_name(node)] = None
+    return tuple(found)
+
+
 # The whole model
 
 
@@ -442,6 +463,7 @@ def _totals(explained: Sequence[_Explained], links: Links | None) -> Totals:
         lower_bound_backward=sum(each.bounds[1] for each in explained),
         flops_sharded=sum(each.flops[0] for each in explained),
         flops_replicated=sum(each.flops[1] for each in explained),
+        flops_unknown=list(dict.fromkeys(name for each in explained for name in each.uncounted)),
         activation_bytes=max((each.peaks[0] for each in explained), default=0),
         activation_bytes_one_device=max((each.peaks[1] for each in explained), default=0),
         seconds=seconds,

@@ -142,6 +142,8 @@ class Totals:
     """The sites again if they take gradients, and one all-reduce of each trained parameter's, in its own dtype."""
     flops_sharded: int
     flops_replicated: int
+    flops_unknown: list[str]
+    """Opaque parts and ops of your own, which count as 0 unless `register_flop_formula` tells of them."""
     activation_bytes: int
     """The most that values made in a forward take at once on a rank, each freed after its last use."""
     activation_bytes_one_device: int
@@ -274,12 +276,14 @@ def _totals(totals: Totals) -> str:
     if totals.seconds is not None:
         rows.append(("seconds, not overlapped", *(f"{each:.3g}" for each in totals.seconds.values())))
     flops = totals.flops_sharded + totals.flops_replicated
+    shared = f"{totals.flops_sharded / flops:.1%} are shared" if flops else "none"
+    unknown = f"; not counted: {', '.join(totals.flops_unknown)}" if totals.flops_unknown else ""
     return (
-        _table(("a step", "forward", "backward"), rows)
-        + f"\n\nFLOPs of a forward: {flops:.3g}, of which {totals.flops_sharded / flops if flops else 0:.1%} are shared"
-        f"\nactivations at the peak of a forward: {_bytes(totals.activation_bytes)} a rank, "
-        f"{_bytes(totals.activation_bytes_one_device)} on one device (values made, each freed after its last use;"
-        "\n  not parameters, their gradients, what an optimiser holds, or what is saved for backward)"
+        f"{_table(('a step', 'forward', 'backward'), rows)}\n\n"
+        f"FLOPs of a forward: {flops:.3g}, of which {shared}{unknown}\n"
+        f"activations at the peak of a forward: {_bytes(totals.activation_bytes)} a rank, "
+        f"{_bytes(totals.activation_bytes_one_device)} on one device (values made, each freed after its last use;\n"
+        "  not parameters, their gradients, what an optimiser holds, or what is saved for backward)"
     )
 
 

@@ -168,6 +168,8 @@ def test_opaque_parts_pass_gradients_on() -> None:
     report = explain(Opaque(), x(), sp_size=2)
     back = {each.name for each in report.graphs[0].collectives if each.launches_backward}
     assert {"replicate_first_q_weight", "replicate_second_q_weight"} <= back
+    assert any("autograd_function_apply" in each for each in report.totals.flops_unknown)
+    assert "not counted: autograd_function_apply" in str(report)
 
 
 def test_nothing_to_shard_and_what_cannot_be_captured() -> None:
