@@ -126,7 +126,7 @@ def test_a_layer_unlike_the_others_is_not_folded_with_them(opened: Any) -> None:
     view = opened(report)
     shown = view.shown()
     assert "layers" in shown
-    assert [name for name in shown if re.fullmatch("[0-9–]+", name)] == ["0–2", "3", "4–5"]
+    assert [name for name in shown if re.fullmatch("(layers )?[0-9–]+", name)] == ["layers 0–2", "3", "layers 4–5"]
 
 
 def test_layers_that_take_turns_are_folded_as_pairs(opened: Any) -> None:
@@ -222,9 +222,9 @@ def test_estimates_are_called_that(opened: Any) -> None:
     report = decoder_report(2)
     view = opened(report)
     marked = view.page.locator(".tile", has=view.page.locator(".estimate")).locator("h2").all_inner_texts()
-    assert marked == ["Activations of a rank, peak", "Time of a step"]
+    assert marked == ["Activations of a rank", "Communication, a step"]
     report["totals"]["seconds"] = report["links"] = None
-    assert "not estimated" in opened(report).page.locator(".tiles").inner_text()
+    assert "not timed" in opened(report).page.locator(".tiles").inner_text()
 
 
 def test_names_are_text_and_never_code(opened: Any) -> None:
