@@ -11,6 +11,7 @@ from .backend import sp_backend
 from .config import SequenceParallelConfig
 from .debug import RewrittenGraph, rewritten_graphs
 from .errors import CaptureError, ConfigurationError, DataError, FallbackError, RuleError, SequenceParallelError
+from .explain import explain
 from .group import (
     destroy_sequence_parallel,
     get_data_parallel_group,
@@ -21,7 +22,9 @@ from .group import (
     get_sequence_parallel_world_size,
     init_sequence_parallel,
 )
+from .links import Links, measure_links
 from .region import replicated_region
+from .report import Report
 from .rules import register_sharding_rule
 
 __all__ = [
@@ -29,11 +32,14 @@ __all__ = [
     "ConfigurationError",
     "DataError",
     "FallbackError",
+    "Links",
+    "Report",
     "RewrittenGraph",
     "RuleError",
     "SequenceParallelConfig",
     "SequenceParallelError",
     "destroy_sequence_parallel",
+    "explain",
     "get_data_parallel_group",
     "get_data_parallel_rank",
     "get_data_parallel_world_size",
@@ -41,6 +47,7 @@ __all__ = [
     "get_sequence_parallel_rank",
     "get_sequence_parallel_world_size",
     "init_sequence_parallel",
+    "measure_links",
     "register_sharding_rule",
     "replicated_region",
     "rewritten_graphs",
