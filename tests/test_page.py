@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Dialog, Locator, Page, sync_playwright
 
+from sp_compile import explain
 from sp_compile.page import render
+from tests.models import MODELS, inputs_of
 from tests.page_data import decoder_report, with_fallback
 
 CHROMIUM = shutil.which("chromium")
@@ -188,6 +190,20 @@ def test_steps_through_the_collectives(opened: Any) -> None:
     assert names == [*heads, "gather_heads_scatter_seq", "gather_seq_scatter_heads_q_1"]
     view.page.locator("#previous").click()
     assert view.page.locator("#panel .title").inner_text() == "gather_heads_scatter_seq"
+
+
+@pytest.mark.parametrize("name", ["llama", "vit"])
+def test_what_explain_gives_agrees_with_itself(opened: Any, name: str) -> None:
+    keywords = {"use_cache": False} if name == "llama" else {}
+    report = explain(MODELS[name](), **inputs_of(name, 33), **keywords, sp_size=3)
+    view = opened(report.to_dict())
+    assert view.page.locator("#disagree").count() == 0
+    assert view.drawn() == report.totals.bytes_forward + report.totals.bytes_backward > 0
+    assert "2 × identical" in view.page.locator("#tree").inner_text()
+    view.page.locator("#next").click()
+    assert view.page.locator("#before button").count() >= 1
+    chosen = view.page.locator("#tree .row[aria-selected=true]").inner_text()
+    assert re.search(r"S\(2: [0-9+]+\) → S\(1: \d\)", chosen)
 
 
 @pytest.mark.parametrize("total", ["bytes_forward", "launches_backward", "flops_sharded"])
