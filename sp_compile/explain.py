@@ -200,14 +200,19 @@ def _explain_graph(
     work = (counted.sharded, counted.whole)
     fallbacks = [_fallback(each, plan) for each in plan.fallbacks]
     if planned.sharded is None:
-        ops = [_op(node, node, None, plan) for node in nodes]
+        counted_at = _counted_at(planned.rules, {node: node for node in nodes})
+        ops = [_op(node, node, None, plan, counted_at.get(node, 0)) for node in nodes]
         graph = Graph(name, "nothing to shard", ends, ops, [], [], fallbacks, [])
         return _Explained(graph, work, (alone, alone), uncounted=_uncounted(nodes))
     rewritten = planned.sharded.graph_module.graph
     moved = traffic(planned.sharded.graph_module, planned.captured.inputs, parts)
     captured = {node.name: node for node in nodes}
     origins = {name: captured.get(origin) for name, origin in planned.sharded.origins.items()}
-    ops = [_op(node, origins.get(node.name), moved.get(node.name), plan) for node in rewritten.nodes]
+    counted_at = _counted_at(planned.rules, {node: origins.get(node.name) for node in rewritten.nodes})
+    ops = [
+        _op(node, origins.get(node.name), moved.get(node.name), plan, counted_at.get(node, 0))
+        for node in rewritten.nodes
+    ]
     launches = [_launches(node, moved[node.name]) for node in rewritten.nodes if node.name in moved]
     sites = _sites(planned, launches, parts)
     graph = Graph(
@@ -218,7 +223,22 @@ def _explain_graph(
     return _Explained(graph, work, (peak_activation_bytes(rewritten), alone), bounds, sizes, _uncounted(nodes))
 
 
-def _op(node: fx.Node, captured: fx.Node | None, moved: Traffic | None, plan: ShardingPlan) -> Op:
+def _counted_at(rules: GraphRules, origins: Mapping[fx.Node, fx.Node | None]) -> dict[fx.Node, int]:
+    """The FLOPs of `planned_flops`, each at one node as a rank runs it: the op of that name, or the last it became."""
+    at: dict[fx.Node, fx.Node] = {}
+    for node, captured in origins.items():
+        if captured is None or node.op == "placeholder" or getattr(node.target, "namespace", "") == "sp":
+            continue
+        if captured not in at or at[captured].name != captured.name:
+            at[captured] = node
+    return {
+        node: flops(captured)
+        for captured, node in at.items()
+        if rules.is_activation(captured) and rules.varies(captured)
+    }
+
+
+def _op(node: fx.Node, captured: fx.Node | None, moved: Traffic | None, plan: ShardingPlan, work: int) -> Op:
     """`captured` is the node that this one stands for, or was made for."""
     value, whole = node.meta.get("val"), captured.meta.get("val") if captured is not None else None
     local, own = _shape(value), plan.nodes.get(captured) if captured is not None else None
@@ -231,7 +251,6 @@ def _op(node: fx.Node, captured: fx.Node | None, moved: Traffic | None, plan: Sh
         placement = "sharded" if cut or (own is not None and own.sharding is not None) else "replicated"
     same = isinstance(value, Tensor) and isinstance(whole, Tensor) and value.dim() == whole.dim()
     made = next(iter(own.results()), None) if own is not None and local != _shape(whole) else None
-    stands_for = captured is not None and captured.name == node.name
     return Op(
         name=node.name,
         op=_op_name(node),
@@ -242,7 +261,7 @@ def _op(node: fx.Node, captured: fx.Node | None, moved: Traffic | None, plan: Sh
         shape=_shape(whole) if same else local,
         local_shape=local,
         dtype=dtype_abbrs[value.dtype] if isinstance(value, Tensor) else "",
-        flops=flops(captured) if captured is not None and stands_for else 0,
+        flops=work,
         operands=[each.name for each in node.all_input_nodes],
     )
 

@@ -10,7 +10,9 @@ function fill(element, attributes, children) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else element.setAttribute(name, value === true ? "" : value);
   }
-  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(
+    ...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false),
+  );
   return element;
 }
 const h = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
@@ -72,8 +74,26 @@ function prepare(graph) {
     for (const name of new Set(op.operands)) if (index.has(name)) users[index.get(name)].push(i);
   });
   const fallbacks = new Map();
-  for (const each of graph.fallbacks) if (index.has(each.name)) fallbacks.set(index.get(each.name), each);
+  ops.forEach((op, i) => {
+    const found = graph.fallbacks.find((each) => each.op === op.op && each.line === op.line);
+    if (found) fallbacks.set(i, found);
+  });
   return { graph, ops, index, collectives, users, fallbacks, modules: modulesOf(ops) };
+}
+
+/** How a value lies: its layout, or where a rank holds less than all of it. */
+function layoutOf(data, i) {
+  const op = data.ops[i];
+  if (op.layout && !data.collectives.has(op.name)) return op.layout;
+  const cut = op.shape.flatMap((size, dim) => (op.local_shape[dim] === size ? [] : [`S(${dim}: ${size})`]));
+  if (cut.length) return cut.join(" ");
+  return op.placement === "sharded" ? "a rank's part" : "whole";
+}
+
+/** What an op is, where its name does not say that already. */
+function targetOf(op) {
+  const short = op.op.replace(/^\w+\./, "");
+  return op.op === op.placement || op.name.replace(/_\d+$/, "") === short ? "" : op.op;
 }
 
 /** The module path of every op; one that nobody knows is where its neighbours are. */
@@ -137,7 +157,7 @@ function finish(node) {
   node.children = bundle(fold(node));
   const [only] = node.children;
   if (node.children.length === 1 && only.kind === "group") {
-    only.label = `${node.label} ${only.label}`;
+    only.label = only.shown || `${node.label}: ${only.label}`;
     only.path = node.path;
     Object.assign(node, only);
   }
@@ -146,8 +166,17 @@ function finish(node) {
 
 function emptySum() {
   return {
-    ops: 0, flopsSharded: 0, flopsWhole: 0, sharded: 0, whole: 0, forward: 0, backward: 0, launchesForward: 0,
-    launchesBackward: 0, moves: 0, fallbacks: 0,
+    ops: 0,
+    flopsSharded: 0,
+    flopsWhole: 0,
+    sharded: 0,
+    whole: 0,
+    forward: 0,
+    backward: 0,
+    launchesForward: 0,
+    launchesBackward: 0,
+    moves: 0,
+    fallbacks: 0,
   };
 }
 
@@ -189,11 +218,27 @@ function signature(node) {
       return at >= first && at <= last ? at - first : "outside";
     });
     const moved = move && [
-      move.op, move.bytes_forward, move.bytes_backward, move.launches_forward, move.launches_backward,
+      move.op,
+      move.bytes_forward,
+      move.bytes_backward,
+      move.launches_forward,
+      move.launches_backward,
+      move.padded_forward,
+      move.padded_backward,
     ];
     parts.push([
-      data.modules[i].slice(depth), op.op, op.placement, op.layout, op.shape, op.local_shape, op.dtype, op.flops,
-      op.line, operands, moved, data.fallbacks.has(i),
+      data.modules[i].slice(depth),
+      op.op,
+      op.placement,
+      op.layout,
+      op.shape,
+      op.local_shape,
+      op.dtype,
+      op.flops,
+      op.line,
+      operands,
+      moved,
+      data.fallbacks.has(i),
     ]);
   }
   return JSON.stringify(parts);
@@ -245,8 +290,14 @@ function bundle(children) {
     const members = children.slice(i, end);
     const { data } = members[0];
     const node = {
-      kind: "run", data, path: "", first: members[0].first, last: members[members.length - 1].last,
-      label: plural(members.length, "op"), children: members, sum: emptySum(),
+      kind: "run",
+      data,
+      path: "",
+      first: members[0].first,
+      last: members[members.length - 1].last,
+      label: plural(members.length, "op"),
+      children: members,
+      sum: emptySum(),
       names: members.map((each) => data.ops[each.op].op.replace(/^aten\./, "")).join(", "),
     };
     for (const each of members) {
@@ -264,9 +315,17 @@ function group(parent, members, { period, times }) {
   const indices = members.every((each) => each.kind === "module" && isIndex(each.label));
   if (indices) for (const each of members) each.shown = `${parent.label}.${each.label}`;
   const node = {
-    kind: "group", data: parent.data, path: parent.path, first: first.first, last: last.last, times, period,
+    kind: "group",
+    data: parent.data,
+    path: parent.path,
+    first: first.first,
+    last: last.last,
+    times,
+    period,
     label: indices ? `${first.label}–${last.label}` : `${first.label || "…"} … ${last.label || "…"}`,
-    sum: emptySum(), children: [],
+    shown: indices ? `${parent.label} ${first.label}–${last.label}` : "",
+    sum: emptySum(),
+    children: [],
   };
   for (const each of members) addSum(node.sum, each.sum);
   const rest = members.slice(period);
@@ -275,8 +334,14 @@ function group(parent, members, { period, times }) {
   else {
     const [a, b] = [rest[0].label, rest[rest.length - 1].label];
     const tail = {
-      kind: "rest", data: parent.data, path: parent.path, first: rest[0].first, last: last.last,
-      label: indices ? `${parent.label}.${a}–${b}` : plural(times - 1, "repetition"), sum: emptySum(), children: rest,
+      kind: "rest",
+      data: parent.data,
+      path: parent.path,
+      first: rest[0].first,
+      last: last.last,
+      label: indices ? `${parent.label}.${a}–${b}` : plural(times - 1, "repetition"),
+      sum: emptySum(),
+      children: rest,
       alike: indices ? node.children.map((each) => each.shown).join(", ") : "",
     };
     for (const each of rest) {
@@ -348,9 +413,15 @@ function rowOf(node, depth) {
   const row = h(
     "div",
     {
-      role: "treeitem", "aria-level": depth + 1, "aria-expanded": leaf ? null : "false", "aria-selected": "false",
-      "aria-label": spoken(node), tabindex: "-1", style: `--depth: ${depth}`,
-      class: `row ${node.kind}${node.late ? " late" : ""}`, "data-kind": node.kind,
+      role: "treeitem",
+      "aria-level": depth + 1,
+      "aria-expanded": leaf ? null : "false",
+      "aria-selected": "false",
+      "aria-label": spoken(node),
+      tabindex: "-1",
+      style: `--depth: ${depth}`,
+      class: `row ${node.kind}${node.late ? " late" : ""}`,
+      "data-kind": node.kind,
       "data-name": leaf ? node.data.ops[node.op].name : node.shown || node.label,
     },
     cells,
@@ -390,15 +461,20 @@ function moduleCells(node) {
 
 function moveCells(node) {
   const { data, op } = node;
-  const { name, layout } = data.ops[op];
+  const { name } = data.ops[op];
   const move = data.collectives.get(name);
   node.late = move.bytes_forward === 0;
-  const from = data.ops[op].operands.filter((each) => data.index.has(each)).map((each) => data.ops[data.index.get(each)]);
-  const change = `${(from[0] && from[0].layout) || "whole"} → ${layout || "whole"}`;
+  const change = `${layoutOf(data, data.index.get(data.ops[op].operands[0]))} → ${layoutOf(data, op)}`;
   const what = node.late ? (move.bytes_backward ? "moves in backward only" : "moves nothing") : change;
   return [
-    h("span", { class: "name" }, h("span", { class: "twist" }), icon("collective"), h("b", { title: name }, name),
-      h("span", { class: "edge" })),
+    h(
+      "span",
+      { class: "name" },
+      h("span", { class: "twist" }),
+      icon("collective"),
+      h("b", { title: name }, name),
+      h("span", { class: "edge" }),
+    ),
     h("span", { class: "what mono", title: `${move.op}: ${what}` }, what),
     movedCell(move.bytes_forward, move.bytes_backward),
   ];
@@ -406,12 +482,19 @@ function moveCells(node) {
 
 function opCells(node) {
   const { data, op } = node;
-  const { name, op: target, placement, layout, flops: work } = data.ops[op];
+  const { name, placement, flops: work } = data.ops[op];
+  const layout = layoutOf(data, op);
   return [
-    h("span", { class: "name" }, h("span", { class: "twist" }), icon(placement),
-      h("b", { title: name }, name), h("span", { class: "muted" }, target === placement ? "" : target),
-      data.fallbacks.has(op) ? icon("fallback") : null),
-    h("span", { class: "layout", title: layout }, layout),
+    h(
+      "span",
+      { class: "name" },
+      h("span", { class: "twist" }),
+      icon(placement),
+      h("b", { title: name }, name),
+      h("span", { class: "muted" }, targetOf(data.ops[op])),
+      data.fallbacks.has(op) ? icon("fallback") : null,
+    ),
+    h("span", { class: "layout", title: layout }, placement === "input" || placement === "output" ? "" : layout),
     h("span", { class: "flops" }, work ? flops(work) : ""),
     h("span", {}),
   ];
@@ -435,7 +518,11 @@ function open(node, expanded = true) {
   const { row } = node;
   if (!row || !node.children) return;
   if (expanded && !node.box) {
-    node.box = h("div", { role: "group" }, node.children.map((child) => rowOf(child, node.depth + 1)));
+    node.box = h(
+      "div",
+      { role: "group" },
+      node.children.map((child) => rowOf(child, node.depth + 1)),
+    );
     for (const child of [...node.box.children]) if (child.node.box) child.after(child.node.box);
     row.after(node.box);
   }
@@ -528,7 +615,12 @@ tree.addEventListener("keydown", (event) => {
 
 // What is before and after one op, beside the tree
 
-const panel = h("aside", { class: "card panel", id: "panel", "aria-label": "The chosen module or op", "aria-live": "polite" });
+const panel = h("aside", {
+  class: "card panel",
+  id: "panel",
+  "aria-label": "The chosen module or op",
+  "aria-live": "polite",
+});
 
 function show(node) {
   panel.replaceChildren(...(node.kind === "op" || node.kind === "move" ? opPanel(node) : modulePanel(node)));
@@ -537,27 +629,35 @@ function show(node) {
 
 function facts(pairs) {
   const rows = pairs.filter(([, value]) => value !== null && value !== undefined && value !== "");
-  return h("dl", {}, rows.map(([name, value, mono]) => [h("dt", {}, name), h("dd", { class: mono ? "mono" : null }, value)]));
+  return h(
+    "dl",
+    {},
+    rows.map(([name, value, mono]) => [h("dt", {}, name), h("dd", { class: mono ? "mono" : null }, value)]),
+  );
 }
 
-/** `[1, 16384 of 131072, 4096]`: what a rank holds, of all. */
+/** `bf16[1, 16384 of 131072, 4096]`: what a rank holds, of all. */
 function shapeOf(op) {
-  if (!op.shape) return [];
-  const local = op.local_shape && op.local_shape.length === op.shape.length ? op.local_shape : op.shape;
-  const sizes = local.map((size, dim) => (size === op.shape[dim] ? [`${size}`] : [h("b", {}, `${size}`), ` of ${op.shape[dim]}`]));
-  return [`${op.dtype || ""}[`, ...sizes.flatMap((size, dim) => (dim ? [", ", ...size] : size)), "]"];
+  const sizes = op.local_shape.map((size, dim) =>
+    size === op.shape[dim] ? [`${size}`] : [h("b", {}, `${size}`), ` of ${op.shape[dim]}`],
+  );
+  return [`${op.dtype}[`, ...sizes.flatMap((size, dim) => (dim ? [", ", ...size] : size)), "]"];
 }
 
 function stop(data, i, here) {
   const op = data.ops[i];
   const kind = data.collectives.has(op.name) ? "collective" : op.placement;
   const inside = [
-    h("span", { class: "top" }, icon(kind), op.name, h("span", { class: "muted" }, op.op === op.placement ? "" : op.op)),
-    h("span", { class: "under" }, `${op.layout || "whole"}  `, ...shapeOf(op)),
+    h("span", { class: "top" }, icon(kind), op.name, h("span", { class: "muted" }, targetOf(op))),
+    h("span", { class: "under" }, op.dtype ? [`${layoutOf(data, i)}  `, ...shapeOf(op)] : layoutOf(data, i)),
   ];
   if (here) return h("div", { class: `stop ${kind}` }, inside);
   const go = () => choose(leaves[graphs.indexOf(data)][i]);
-  return h("button", { class: `stop ${kind}`, type: "button", "data-op": op.name, title: op.line, onclick: go }, inside);
+  return h(
+    "button",
+    { class: `stop ${kind}`, type: "button", "data-op": op.name, title: op.line, onclick: go },
+    inside,
+  );
 }
 
 const arrow = () => h("div", { class: "arrow" }, s("svg", { "aria-hidden": "true" }, s("use", { href: "#down" })));
@@ -568,13 +668,33 @@ function flow(data, i) {
   const after = data.users[i];
   return [
     h("h3", {}, before.length ? "Before: its operands" : "Nothing before it: no op makes it"),
-    h("div", { class: "flow", id: "before" }, before.map((each) => stop(data, each))),
+    h(
+      "div",
+      { class: "flow", id: "before" },
+      before.map((each) => stop(data, each)),
+    ),
     before.length ? arrow() : null,
     stop(data, i, true),
     after.length ? arrow() : null,
-    h("h3", {}, after.length ? `After: ${plural(after.length, "op")} that take${after.length === 1 ? "s" : ""} it` : "Nothing after it"),
-    h("div", { class: "flow", id: "after" }, after.map((each) => stop(data, each))),
+    h(
+      "h3",
+      {},
+      after.length
+        ? `After: ${plural(after.length, "op")} that take${after.length === 1 ? "s" : ""} it`
+        : "Nothing after it",
+    ),
+    h(
+      "div",
+      { class: "flow", id: "after" },
+      after.map((each) => stop(data, each)),
+    ),
   ].filter(Boolean);
+}
+
+/** What the transport counts, where that is more. */
+function padding(move) {
+  if (!move || (move.padded_forward === move.bytes_forward && move.padded_backward === move.bytes_backward)) return "";
+  return both(move.padded_forward, move.padded_backward);
 }
 
 function opPanel(node) {
@@ -582,25 +702,39 @@ function opPanel(node) {
   const op = data.ops[i];
   const move = data.collectives.get(op.name);
   const fallback = data.fallbacks.get(i);
-  const site = data.graph.sites.find((each) => each.name === op.name);
+  const site = data.graph.sites.find((each) => each.module === op.module && each.line === op.line);
   const parts = [h("div", { class: "title" }, icon(move ? "collective" : op.placement), op.name)];
   if (move) {
     parts.push(
-      h("p", { class: "big", title: `${exact(move.bytes_forward)} + ${exact(move.bytes_backward)}` },
-        `${bytes(move.bytes_forward)} forward + ${bytes(move.bytes_backward)} backward`),
-      h("p", { class: "muted" }, `received by each rank, in ${move.launches_forward} + ${plural(move.launches_backward, "launch").replace("launchs", "launches")}`),
-      facts([["role", move.role, true], ["op", move.op, true]]),
+      h(
+        "p",
+        { class: "big", title: `${exact(move.bytes_forward)} + ${exact(move.bytes_backward)}` },
+        `${bytes(move.bytes_forward)} forward + ${bytes(move.bytes_backward)} backward`,
+      ),
+      h(
+        "p",
+        { class: "muted" },
+        `received by each rank, in ${move.launches_forward} + ${plural(move.launches_backward, "launch").replace("launchs", "launches")}`,
+      ),
     );
   } else parts.push(h("p", { class: "muted" }, KINDS[op.placement] || op.placement));
   parts.push(
     facts([
+      ["op", op.op === op.placement ? "" : op.op, true],
+      ["role", move && move.role !== op.name ? move.role : "", true],
       ["module", data.modules[i].join("."), true],
       ["your line", op.line, true],
-      ["layout", op.layout || (move || op.placement !== "replicated" ? "" : "whole"), true],
+      [
+        "layout",
+        move && move.bytes_forward
+          ? `${layoutOf(data, data.index.get(op.operands[0]))} → ${layoutOf(data, i)}`
+          : layoutOf(data, i),
+        true,
+      ],
+      ["with padding", padding(move)],
       ["FLOPs, all ranks' work", op.flops ? flops(op.flops) : ""],
       ["strategy", site && site.strategy],
-      ["why", (site && site.reason) || op.reason],
-      ["rule", op.rule, true],
+      ["why", site && site.reason],
     ]),
   );
   if (fallback) parts.push(h("div", { class: "notes" }, h("ul", {}, fallbackItem(fallback))));
@@ -621,7 +755,9 @@ function modulePanel(node) {
   const total = sum.forward + sum.backward;
   return [
     h("div", { class: "title" }, icon(placementOf(sum)), node.path || node.label),
-    node.kind === "group" ? h("p", {}, `${node.label}: ${node.times} × identical. Its collectives are listed for one.`) : null,
+    node.kind === "group"
+      ? h("p", {}, `${node.label}: ${node.times} × identical. Its collectives are listed for one.`)
+      : null,
     facts([
       ["ops", `${count(sum.sharded)} sharded, ${count(sum.whole)} whole, ${plural(sum.moves, "collective")}`],
       ["FLOPs", share === null ? runs : `${runs} (${percent(share)} sharded)`],
@@ -629,19 +765,36 @@ function modulePanel(node) {
       ["fallbacks", sum.fallbacks ? String(sum.fallbacks) : ""],
     ]),
     moves.length ? h("h3", {}, moves.length > 12 ? "Collectives by role" : "Collectives in program order") : null,
-    moves.length > 12 ? roles(data, moves) : h("div", { class: "flow" }, moves.map((i) => stop(data, i))),
+    moves.length > 12
+      ? roles(data, moves)
+      : h(
+          "div",
+          { class: "flow" },
+          moves.map((i) => stop(data, i)),
+        ),
     total === 0 && sum.moves === 0 ? h("p", { class: "muted" }, "Nothing moves between ranks here.") : null,
   ].filter(Boolean);
 }
 
 function roles(data, moves) {
-  const rows = tally(moves.map((i) => ({ i, move: data.collectives.get(data.ops[i].name) })), ({ move }) => move.role || move.op);
+  const rows = tally(
+    moves.map((i) => ({ i, move: data.collectives.get(data.ops[i].name) })),
+    ({ move }) => move.role.replace(/\d+/g, "*"),
+  );
   const sum = (all, key) => all.reduce((total, each) => total + each.move[key], 0);
-  return h("div", { class: "bars" }, rows.map(({ item, all }) => [
-    h("button", { type: "button", title: "Go to the first", onclick: () => choose(leaves[graphs.indexOf(data)][item.i]) }, item.move.role || item.move.op),
-    h("span", { class: "muted" }, `× ${count(all.length)}`),
-    h("span", { class: "number" }, both(sum(all, "bytes_forward"), sum(all, "bytes_backward"))),
-  ]));
+  return h(
+    "div",
+    { class: "bars" },
+    rows.map(({ item, all }) => [
+      h(
+        "button",
+        { type: "button", title: "Go to the first", onclick: () => choose(leaves[graphs.indexOf(data)][item.i]) },
+        all.length > 1 ? item.move.role.replace(/\d+/g, "*") : item.move.role,
+      ),
+      h("span", { class: "muted" }, `× ${count(all.length)}`),
+      h("span", { class: "number" }, both(sum(all, "bytes_forward"), sum(all, "bytes_backward"))),
+    ]),
+  );
 }
 
 function step(direction) {
@@ -650,8 +803,7 @@ function step(direction) {
   const at = chosen ? all.findIndex((leaf) => leaf.data === chosen.data && leaf.op === chosen.first) : 0;
   const placed = moves.map((leaf) => [all.indexOf(leaf), leaf]);
   const past = chosen && !chosen.children ? 1 : 0;
-  const next =
-    direction > 0 ? placed.find(([i]) => i >= at + past) : placed.reverse().find(([i]) => i < at);
+  const next = direction > 0 ? placed.find(([i]) => i >= at + past) : placed.reverse().find(([i]) => i < at);
   if (next) choose(next[1], { focus: false });
 }
 
@@ -662,9 +814,12 @@ function tile(title, figure, ...rest) {
 }
 
 function meter(share, kind, bound) {
-  return h("div", { class: "meter", "aria-hidden": "true" },
+  return h(
+    "div",
+    { class: "meter", "aria-hidden": "true" },
     h("i", { class: kind, style: `width: ${100 * Math.min(share, 1)}%` }),
-    bound === undefined ? null : h("i", { class: "bound", style: `left: calc(${100 * Math.min(bound, 1)}% - 1px)` }));
+    bound === undefined ? null : h("i", { class: "bound", style: `left: calc(${100 * Math.min(bound, 1)}% - 1px)` }),
+  );
 }
 
 function tiles() {
@@ -673,48 +828,86 @@ function tiles() {
   const moved = t.bytes_forward + t.bytes_backward;
   const bound = t.lower_bound_forward + t.lower_bound_backward;
   parts.push(
-    tile("Each rank receives, a step", h("span", { id: "moved", title: exact(moved) }, bytes(moved)),
+    tile(
+      "Each rank receives, a step",
+      h("span", { id: "moved", title: exact(moved) }, bytes(moved)),
       meter(1, "of-moved", moved ? bound / moved : 0),
       h("p", {}, `${bytes(t.bytes_forward)} forward, ${bytes(t.bytes_backward)} backward`),
-      h("p", {}, `in ${count(t.launches_forward)} + ${count(t.launches_backward)} launches`)),
-    tile("Beside the lower bound", bound ? `${(moved / bound).toFixed(2)} ×` : "–",
+      h("p", {}, `in ${count(t.launches_forward)} + ${count(t.launches_backward)} launches`),
+    ),
+    tile(
+      "Beside the lower bound",
+      bound ? `${(moved / bound).toFixed(2)} ×` : "–",
       h("p", {}, `The least that must move: ${bytes(bound)}`),
-      h("p", {}, `forward ${bytes(t.lower_bound_forward)}, backward ${bytes(t.lower_bound_backward)}`)),
+      h("p", {}, `forward ${bytes(t.lower_bound_forward)}, backward ${bytes(t.lower_bound_backward)}`),
+    ),
   );
   const work = t.flops_sharded + t.flops_replicated;
   const share = work ? t.flops_sharded / work : null;
   parts.push(
-    tile("FLOPs that run sharded", percent(share), meter(share || 0, "of-sharded"),
+    tile(
+      "FLOPs that run sharded",
+      percent(share),
+      meter(share || 0, "of-sharded"),
       h("p", {}, `each rank does 1/${report.sp_size} of ${flops(t.flops_sharded)}`),
-      h("p", {}, `and all of ${flops(t.flops_replicated)}`)),
+      h("p", {}, `and all of ${flops(t.flops_replicated)}`),
+    ),
   );
   if (t.activation_bytes_one_device) {
     parts.push(
-      tile("Activations of a rank, peak", [bytes(t.activation_bytes), estimate()],
+      tile(
+        "Activations of a rank",
+        [bytes(t.activation_bytes), estimate()],
         meter(t.activation_bytes / t.activation_bytes_one_device, "of-sharded"),
-        h("p", {}, `${percent(t.activation_bytes / t.activation_bytes_one_device)} of one device's ${bytes(t.activation_bytes_one_device)}`)),
+        h(
+          "p",
+          {},
+          `at the peak of a forward: ${percent(t.activation_bytes / t.activation_bytes_one_device)} of one device's ${bytes(t.activation_bytes_one_device)}`,
+        ),
+      ),
     );
   }
   const links = report.links;
   parts.push(
     t.seconds
-      ? tile("Time of a step", [secondsFigure(t.seconds), estimate()], ...secondsRest(t.seconds),
-          links ? h("p", {}, `links: ${scaled(links.bandwidth, 1000, ["B/s", "KB/s", "MB/s", "GB/s", "TB/s"])}, ${seconds(links.latency)} latency`) : null)
-      : tile("Time of a step", "not estimated", h("p", {}, "Give link bandwidth and latency, or measure them: sp_compile.measure_links()")),
+      ? tile(
+          "Communication, a step",
+          [seconds(t.seconds.forward + t.seconds.backward), estimate()],
+          h(
+            "p",
+            {},
+            `${seconds(t.seconds.forward)} forward, ${seconds(t.seconds.backward)} backward, nothing overlapped`,
+          ),
+          links
+            ? h(
+                "p",
+                {},
+                `at ${scaled(links.bandwidth, 1000, ["B/s", "KB/s", "MB/s", "GB/s", "TB/s"])}, ${seconds(links.latency)} a launch`,
+              )
+            : null,
+        )
+      : tile(
+          "Communication, a step",
+          "not timed",
+          h("p", {}, "Give the bandwidth and latency of the links, or measure them: sp_compile.measure_links()"),
+        ),
   );
   const fallbacks = report.graphs.flatMap((graph) => graph.fallbacks);
   const cost = fallbacks.reduce((sum, each) => sum + ((each.cost && each.cost.bytes) || 0), 0);
   parts.push(
-    tile("Fallbacks", fallbacks.length ? [icon("fallback"), ` ${count(fallbacks.length)}`] : "none",
-      h("p", {}, fallbacks.length ? [`cost ${bytes(cost)} a rank, forward: `, h("a", { href: "#fallbacks" }, "why, and what to do")] : "No op runs on gathered values for want of a rule.")),
+    tile(
+      "Fallbacks",
+      fallbacks.length ? [icon("fallback"), ` ${count(fallbacks.length)}`] : "none",
+      h(
+        "p",
+        {},
+        fallbacks.length
+          ? [`cost ${bytes(cost)} a rank, forward: `, h("a", { href: "#fallbacks" }, "why, and what to do")]
+          : "No op runs on gathered values for want of a rule.",
+      ),
+    ),
   );
   return h("div", { class: "tiles" }, parts);
-}
-
-const secondsFigure = (given) => (typeof given === "number" ? seconds(given) : seconds(Object.values(given).filter((v) => typeof v === "number").reduce((a, b) => a + b, 0)));
-function secondsRest(given) {
-  if (typeof given === "number") return [];
-  return Object.entries(given).filter(([, v]) => typeof v === "number").map(([name, value]) => h("p", {}, `${name.replaceAll("_", " ")}: ${seconds(value)}`));
 }
 
 // Whether the page's own sums give the totals that it was handed
@@ -725,7 +918,9 @@ function disagreements() {
   roots.forEach((root) => addSum(sum, root.sum));
   const t = report.totals;
   const compare = (what, drawn, told, format) => {
-    if (drawn !== told) found.push(`${what}: the ops sum to ${format(drawn)}, the totals say ${format(told)}.`);
+    const rounding = Number.isSafeInteger(told) ? 0 : 1e-12 * told; // of numbers beyond 2^53
+    if (Math.abs(drawn - told) <= rounding) return;
+    found.push(`${what}: the ops sum to ${format(drawn)}, the totals say ${format(told)}.`);
   };
   compare("Received forward", sum.forward, t.bytes_forward, exact);
   compare("Received backward", sum.backward, t.bytes_backward, exact);
@@ -737,9 +932,11 @@ function disagreements() {
     for (const name of data.collectives.keys()) {
       if (!data.index.has(name)) found.push(`${data.graph.name} has no op ${name}, which is listed as a collective.`);
     }
-    data.ops.forEach((op) => op.operands.forEach((name) => {
-      if (!data.index.has(name)) found.push(`${data.graph.name}: ${op.name} takes ${name}, which is no op.`);
-    }));
+    data.ops.forEach((op) =>
+      op.operands.forEach((name) => {
+        if (!data.index.has(name)) found.push(`${data.graph.name}: ${op.name} takes ${name}, which is no op.`);
+      }),
+    );
   }
   return found;
 }
@@ -747,20 +944,35 @@ function disagreements() {
 function alarm() {
   const found = disagreements();
   if (!found.length) return null;
-  return h("section", { class: "card alarm", role: "alert", id: "disagree" },
+  return h(
+    "section",
+    { class: "card alarm", role: "alert", id: "disagree" },
     h("h2", {}, icon("fallback"), " These numbers disagree; do not rely on this page"),
-    h("ul", {}, found.slice(0, 12).map((each) => h("li", {}, each))),
-    found.length > 12 ? h("p", {}, `and ${found.length - 12} more`) : null);
+    h(
+      "ul",
+      {},
+      found.slice(0, 12).map((each) => h("li", {}, each)),
+    ),
+    found.length > 12 ? h("p", {}, `and ${found.length - 12} more`) : null,
+  );
 }
 
 function fallbackItem(each) {
   const cost = each.cost || {};
-  const costs = [cost.bytes ? `${bytes(cost.bytes)} received a rank` : "", cost.flops ? `${flops(cost.flops)} on every rank` : ""];
-  return h("li", {},
+  const costs = [
+    cost.bytes ? `${bytes(cost.bytes)} received a rank` : "",
+    cost.flops ? `${flops(cost.flops)} on every rank` : "",
+  ];
+  return h(
+    "li",
+    {},
     h("div", {}, h("b", { class: "mono" }, each.op), " ", h("span", { class: "mono muted" }, each.line)),
     h("p", {}, each.why),
-    costs.some(Boolean) ? h("p", { class: "muted" }, `It costs ${costs.filter(Boolean).join(" and ")}, each forward.`) : null,
-    each.remedy ? h("p", { class: "remedy" }, each.remedy) : null);
+    costs.some(Boolean)
+      ? h("p", { class: "muted" }, `It costs ${costs.filter(Boolean).join(" and ")}, each forward.`)
+      : null,
+    each.remedy ? h("p", { class: "remedy" }, each.remedy) : null,
+  );
 }
 
 /** Equal things once, with how often. */
@@ -778,22 +990,66 @@ function notes() {
   const fallbacks = report.graphs.flatMap((graph) => graph.fallbacks);
   const outputs = report.graphs.flatMap((graph) => graph.outputs).filter((each) => each.expensive);
   const parts = [];
+  const partly = [report.incomplete && `This report is not complete: ${report.incomplete}.`].filter(Boolean);
+  for (const graph of report.graphs) {
+    if (graph.unsharded) partly.push(`${graph.name} runs whole on every rank: ${graph.unsharded}.`);
+    if (graph.ends) partly.push(`${graph.name} ends at a graph break: ${graph.ends}`);
+  }
+  if (partly.length) {
+    parts.push(
+      h(
+        "section",
+        { class: "card notes", id: "partly" },
+        h("h2", {}, icon("fallback"), " What this report does not cover, or runs whole"),
+        h(
+          "ul",
+          {},
+          partly.map((each) => h("li", {}, each)),
+        ),
+      ),
+    );
+  }
   if (fallbacks.length) {
-    parts.push(h("section", { class: "card notes", id: "fallbacks" },
-      h("h2", {}, icon("fallback"), " Fallbacks: what runs on gathered values, and what you can do"),
-      h("ul", {}, tally(fallbacks, ({ op, line, why, cost, remedy }) => [op, line, why, cost, remedy]).map(({ item, all }) => {
-        const entry = fallbackItem(item);
-        if (all.length > 1) entry.firstChild.append(h("span", { class: "muted" }, ` × ${all.length}, each`));
-        return entry;
-      }))));
+    parts.push(
+      h(
+        "section",
+        { class: "card notes", id: "fallbacks" },
+        h("h2", {}, icon("fallback"), " Fallbacks: what runs on gathered values, and what you can do"),
+        h(
+          "ul",
+          {},
+          tally(fallbacks, ({ op, line, why, cost, remedy }) => [op, line, why, cost, remedy]).map(({ item, all }) => {
+            const entry = fallbackItem(item);
+            if (all.length > 1) entry.firstChild.append(h("span", { class: "muted" }, ` × ${all.length}, each`));
+            return entry;
+          }),
+        ),
+      ),
+    );
   }
   if (outputs.length) {
-    parts.push(h("section", { class: "card notes", id: "outputs" },
-      h("h2", {}, "Outputs that are dear to gather"),
-      h("ul", {}, outputs.map((each) => h("li", {},
-        h("b", { class: "mono" }, each.name), " ", h("span", { class: "mono muted" }, `[${(each.shape || []).join(", ")}]`),
-        h("p", {}, `Each rank receives ${bytes(each.bytes)} to hold all of it.`),
-        each.remedy ? h("p", { class: "remedy" }, each.remedy) : null)))));
+    parts.push(
+      h(
+        "section",
+        { class: "card notes", id: "outputs" },
+        h("h2", {}, "Outputs that are dear to gather"),
+        h(
+          "ul",
+          {},
+          outputs.map((each) =>
+            h(
+              "li",
+              {},
+              h("b", { class: "mono" }, each.name),
+              " ",
+              h("span", { class: "mono muted" }, `[${(each.shape || []).join(", ")}]`),
+              h("p", {}, `Each rank receives ${bytes(each.bytes)} to hold all of it.`),
+              each.remedy ? h("p", { class: "remedy" }, each.remedy) : null,
+            ),
+          ),
+        ),
+      ),
+    );
   }
   return parts;
 }
@@ -801,9 +1057,34 @@ function notes() {
 // Charts
 
 const tableOf = (heads, rows) =>
-  h("div", { class: "wide" }, h("table", {},
-    h("thead", {}, h("tr", {}, heads.map((head, i) => h("th", { class: i ? "number" : null, scope: "col" }, head)))),
-    h("tbody", {}, rows.map((row) => h("tr", {}, row.map((cell, i) => h("td", { class: i ? "number" : "mono" }, cell)))))));
+  h(
+    "div",
+    { class: "wide" },
+    h(
+      "table",
+      {},
+      h(
+        "thead",
+        {},
+        h(
+          "tr",
+          {},
+          heads.map((head, i) => h("th", { class: i ? "number" : null, scope: "col" }, head)),
+        ),
+      ),
+      h(
+        "tbody",
+        {},
+        rows.map((row) =>
+          h(
+            "tr",
+            {},
+            row.map((cell, i) => h("td", { class: i ? "number" : "mono" }, cell)),
+          ),
+        ),
+      ),
+    ),
+  );
 
 /** Collectives by layer: by the module path up to its first number; what is in no layer, by its outermost module. */
 function byLayer() {
@@ -816,10 +1097,18 @@ function byLayer() {
       const path = data.modules[i];
       const number = path.findIndex(isIndex);
       const inside = number >= 0;
-      const label = inside ? path.slice(0, number + 1).join(".") : path.join(".") || move.role || move.op;
+      const label = inside ? path.slice(0, number + 1).join(".") : path.join(".") || move.role;
       const key = `${graphs.length > 1 ? `${data.graph.name} ` : ""}${label}`;
       const to = inside ? layers : elsewhere;
-      if (!to.has(key)) to.set(key, { label: key, short: inside ? path[number] : key, forward: 0, backward: 0, first: leaves[g][i] });
+      if (!to.has(key))
+        to.set(key, {
+          label: key,
+          short: inside ? path[number] : key,
+          stack: inside ? path.slice(0, number).join(".") : "",
+          forward: 0,
+          backward: 0,
+          first: leaves[g][i],
+        });
       to.get(key).forward += move.bytes_forward;
       to.get(key).backward += move.bytes_backward;
     });
@@ -845,7 +1134,12 @@ const LEFT = 66;
 const TOP = 18;
 
 function frame(height, top, label) {
-  const chart = s("svg", { class: "chart", viewBox: `0 0 ${W} ${height + TOP + 40}`, role: "img", "aria-label": label });
+  const chart = s("svg", {
+    class: "chart",
+    viewBox: `0 0 ${W} ${height + TOP + 40}`,
+    role: "img",
+    "aria-label": label,
+  });
   const y = (value) => TOP + height - (top ? (value / top) * height : 0);
   for (const tick of ticks(top)) {
     chart.append(
@@ -864,14 +1158,28 @@ function layersChart() {
   const { layers, elsewhere } = byLayer();
   const sum = (items) => items.reduce((total, each) => total + each.forward + each.backward, 0);
   const [inLayers, outside] = [sum(layers), sum(elsewhere)];
-  const parts = [h("h2", {}, "Bytes per layer"),
-    h("p", { class: "muted" }, `What each rank receives in a step: ${bytes(inLayers)} in layers + ${bytes(outside)} outside = ${bytes(inLayers + outside)}.`),
-    h("div", { class: "legend" },
-      h("span", {}, swatch("var(--moved)"), "forward"), h("span", {}, swatch("url(#hatch-moved)"), "backward"))];
+  const parts = [
+    h("h2", {}, "Bytes per layer"),
+    h(
+      "p",
+      { class: "muted" },
+      `What each rank receives in a step: ${bytes(inLayers)} in layers + ${bytes(outside)} outside = ${bytes(inLayers + outside)}.`,
+    ),
+    h(
+      "div",
+      { class: "legend" },
+      h("span", {}, swatch("var(--moved)"), "forward"),
+      h("span", {}, swatch("url(#hatch-moved)"), "backward"),
+    ),
+  ];
   if (layers.length) {
     const height = 190;
     const top = Math.max(...layers.map((each) => each.forward + each.backward));
-    const { chart, y } = frame(height, top, "Bytes that each rank receives, per layer; the table below has the numbers");
+    const { chart, y } = frame(
+      height,
+      top,
+      "Bytes that each rank receives, per layer; the table below has the numbers",
+    );
     const slot = (W - LEFT) / layers.length;
     const width = Math.min(slot * 0.72, 56);
     const every = Math.ceil(layers.length / 20);
@@ -880,13 +1188,48 @@ function layersChart() {
       const go = () => choose(each.first);
       const told = `${each.label}: forward ${bytes(each.forward)}, backward ${bytes(each.backward)}`;
       chart.append(
-        bar({ x, width, y: y(each.forward), height: y(0) - y(each.forward), fill: "var(--moved)", class: "forward" }, each.forward, told, go),
-        bar({ x, width, y: y(each.forward + each.backward), height: y(each.forward) - y(each.forward + each.backward), fill: "url(#hatch-moved)", class: "backward" }, each.backward, told, go),
+        bar(
+          { x, width, y: y(each.forward), height: y(0) - y(each.forward), fill: "var(--moved)", class: "forward" },
+          each.forward,
+          told,
+          go,
+        ),
+        bar(
+          {
+            x,
+            width,
+            y: y(each.forward + each.backward),
+            height: y(each.forward) - y(each.forward + each.backward),
+            fill: "url(#hatch-moved)",
+            class: "backward",
+          },
+          each.backward,
+          told,
+          go,
+        ),
       );
-      if (i % every === 0) chart.append(s("text", { x: x + width / 2, y: y(0) + 16, "text-anchor": "middle" }, each.short));
-      if (layers.length <= 8) chart.append(s("text", { class: "value", x: x + width / 2, y: y(each.forward + each.backward) - 5, "text-anchor": "middle" }, bytes(each.forward + each.backward)));
+      if (i % every === 0)
+        chart.append(s("text", { x: x + width / 2, y: y(0) + 16, "text-anchor": "middle" }, each.short));
+      if (layers.length <= 8)
+        chart.append(
+          s(
+            "text",
+            { class: "value", x: x + width / 2, y: y(each.forward + each.backward) - 5, "text-anchor": "middle" },
+            bytes(each.forward + each.backward),
+          ),
+        );
     });
-    chart.append(s("text", { x: LEFT + (W - LEFT) / 2, y: y(0) + 34, "text-anchor": "middle" }, "layer"));
+    const stacks = tally(layers, (each) => each.stack);
+    for (const { item, all } of stacks) {
+      const middle = all.reduce((sum, each) => sum + layers.indexOf(each) + 0.5, 0) / all.length;
+      chart.append(
+        s(
+          "text",
+          { x: LEFT + slot * middle, y: y(0) + 34, "text-anchor": "middle" },
+          stacks.length > 1 ? item.stack : "layer",
+        ),
+      );
+    }
     parts.push(chart);
   }
   if (elsewhere.length) {
@@ -895,25 +1238,61 @@ function layersChart() {
     const rest = elsewhere.slice(8);
     const line = (label, forward, backward, go) => [
       go ? h("button", { type: "button", onclick: go, title: label }, label) : h("span", {}, label),
-      h("span", { class: "meter" },
+      h(
+        "span",
+        { class: "meter" },
         h("i", { class: "of-moved", style: `width: ${(100 * forward) / top}%`, "data-bytes": forward }),
-        h("i", { class: "of-back", style: `left: ${(100 * forward) / top}%; width: ${(100 * backward) / top}%`, "data-bytes": backward })),
-      h("span", { class: "number", title: `forward ${exact(forward)}, backward ${exact(backward)}` }, both(forward, backward)),
+        h("i", {
+          class: "of-back",
+          style: `left: ${(100 * forward) / top}%; width: ${(100 * backward) / top}%`,
+          "data-bytes": backward,
+        }),
+      ),
+      h(
+        "span",
+        { class: "number", title: `forward ${exact(forward)}, backward ${exact(backward)}` },
+        both(forward, backward),
+      ),
     ];
-    parts.push(h("h3", {}, "Outside the layers (on a scale of its own; forward + backward)"),
-      h("div", { class: "bars" },
+    parts.push(
+      h("h3", {}, "Outside the layers (on a scale of its own; forward + backward)"),
+      h(
+        "div",
+        { class: "bars" },
         shown.map((each) => line(each.label, each.forward, each.backward, () => choose(each.first))),
-        rest.length ? line(`${rest.length} others`, rest.reduce((t, e) => t + e.forward, 0), rest.reduce((t, e) => t + e.backward, 0)) : null));
+        rest.length
+          ? line(
+              `${rest.length} others`,
+              rest.reduce((t, e) => t + e.forward, 0),
+              rest.reduce((t, e) => t + e.backward, 0),
+            )
+          : null,
+      ),
+    );
   }
   if (!layers.length && !elsewhere.length) parts.push(h("p", {}, "Nothing moves between ranks."));
   else {
-    parts.push(h("details", {}, h("summary", {}, "The same as a table"),
-      tableOf(["where", "forward", "backward"], [...layers, ...elsewhere].map((each) => [each.label, exact(each.forward), exact(each.backward)]))));
+    parts.push(
+      h(
+        "details",
+        {},
+        h("summary", {}, "The same as a table"),
+        tableOf(
+          ["where", "forward", "backward"],
+          [...layers, ...elsewhere].map((each) => [each.label, exact(each.forward), exact(each.backward)]),
+        ),
+      ),
+    );
   }
   return h("section", { class: "card", id: "layers" }, parts);
 }
 
-const swatch = (fillWith) => s("svg", { width: 16, height: 12, "aria-hidden": "true" }, s("rect", { width: 16, height: 12, style: `fill: ${fillWith}; stroke: var(--faint); stroke-width: .5` }));
+const swatch = (fillWith) =>
+  s(
+    "svg",
+    { width: 16, height: 12, "aria-hidden": "true" },
+    s("rect", { width: 16, height: 12, style: `fill: ${fillWith}; stroke: var(--faint); stroke-width: .5` }),
+  );
 
 const STRATEGIES = {
   ulysses: "var(--sharded)",
@@ -926,17 +1305,23 @@ const FILLS = [...Object.values(STRATEGIES), "var(--moved)", "url(#hatch-moved)"
 function scalingChart() {
   const rows = report.scaling || [];
   if (!rows.length) return null;
-  const names = [...new Set(rows.flatMap((row) => Object.keys(row.strategies)))];
+  const all = [...new Set(rows.flatMap((row) => Object.keys(row.strategies)))];
+  const names = all.filter((name) => rows.some((row) => row.strategies[name]));
   const fillOf = (name) => STRATEGIES[name] || FILLS[names.indexOf(name) % FILLS.length];
   const taken = new Set(report.graphs.flatMap((graph) => graph.sites).map((site) => site.strategy));
   const values = rows.flatMap((row) => Object.values(row.strategies)).filter((value) => value !== null);
   const top = Math.max(...values, 1);
   const height = 190;
-  const { chart, y } = frame(height, top, "Bytes of each strategy over the number of ranks; the table below has the numbers");
+  const { chart, y } = frame(
+    height,
+    top,
+    "Bytes of each strategy over the number of ranks; the table below has the numbers",
+  );
   const slot = (W - LEFT) / rows.length;
   rows.forEach((row, i) => {
     const x0 = LEFT + slot * i;
-    if (row.sp_size === report.sp_size) chart.append(s("rect", { class: "here", x: x0 + 2, y: TOP - 14, width: slot - 4, height: height + 36, rx: 4 }));
+    if (row.sp_size === report.sp_size)
+      chart.append(s("rect", { class: "here", x: x0 + 2, y: TOP - 14, width: slot - 4, height: height + 36, rx: 4 }));
   });
   chart.append(s("line", { x1: LEFT, x2: W, y1: y(0), y2: y(0), class: "axis" }));
   rows.forEach((row, i) => {
@@ -946,19 +1331,63 @@ function scalingChart() {
       const value = row.strategies[name];
       if (value === null || value === undefined) return;
       const told = `${name} on ${row.sp_size} ranks: ${bytes(value)}`;
-      chart.append(bar({ x: x0 + width * j + 1, width: width - 2, y: y(value), height: y(0) - y(value), fill: fillOf(name), class: "strategy" }, value, told));
-      const label = bytes(value).replace(/ .*/, "");
-      if (width >= 24) chart.append(s("text", { class: "value", x: x0 + width * (j + 0.5), y: y(value) - 4, "text-anchor": "middle" }, label));
+      chart.append(
+        bar(
+          {
+            x: x0 + width * j + 1,
+            width: width - 2,
+            y: y(value),
+            height: y(0) - y(value),
+            fill: fillOf(name),
+            class: "strategy",
+          },
+          value,
+          told,
+        ),
+      );
+      const label = bytes(value).replace(/ (.).*/, "$1");
+      if (width >= 24)
+        chart.append(
+          s("text", { class: "value", x: x0 + width * (j + 0.5), y: y(value) - 4, "text-anchor": "middle" }, label),
+        );
     });
-    chart.append(s("text", { x: LEFT + slot * (i + 0.5), y: y(0) + 16, "text-anchor": "middle" }, `P = ${row.sp_size}`));
+    chart.append(
+      s("text", { x: LEFT + slot * (i + 0.5), y: y(0) + 16, "text-anchor": "middle" }, `P = ${row.sp_size}`),
+    );
   });
-  return h("section", { class: "card", id: "scaling" },
+  return h(
+    "section",
+    { class: "card", id: "scaling" },
     h("h2", {}, "Bytes per strategy over P"),
-    h("p", { class: "muted" }, "What each rank would receive for the attention of one layer, forward, on P ranks. The P of this report stands on grey."),
-    h("div", { class: "legend" }, names.map((name) => h("span", {}, swatch(fillOf(name)), name, taken.has(name) ? h("b", {}, "(taken)") : null))),
+    h(
+      "p",
+      { class: "muted" },
+      "What each rank would receive for its largest attention site, forward, on P ranks. The P of this report stands on grey.",
+    ),
+    h(
+      "div",
+      { class: "legend" },
+      names.map((name) => h("span", {}, swatch(fillOf(name)), name, taken.has(name) ? h("b", {}, "(taken)") : null)),
+      all
+        .filter((name) => !names.includes(name))
+        .map((name) => h("span", {}, `${name}: nothing`, taken.has(name) ? h("b", {}, "(taken)") : null)),
+    ),
     chart,
-    h("details", {}, h("summary", {}, "The same as a table"),
-      tableOf(["P", ...names], rows.map((row) => [String(row.sp_size), ...names.map((name) => (row.strategies[name] === null || row.strategies[name] === undefined ? "–" : exact(row.strategies[name])))]))));
+    h(
+      "details",
+      {},
+      h("summary", {}, "The same as a table"),
+      tableOf(
+        ["P", ...all],
+        rows.map((row) => [
+          String(row.sp_size),
+          ...all.map((name) =>
+            row.strategies[name] === null || row.strategies[name] === undefined ? "–" : exact(row.strategies[name]),
+          ),
+        ]),
+      ),
+    ),
+  );
 }
 
 // Attention sites
@@ -966,33 +1395,93 @@ function scalingChart() {
 function sitesTable() {
   const all = report.graphs.flatMap((graph) => graph.sites);
   if (!all.length) return null;
-  const rows = tally(all, (site) => [site.module.replace(/\d+/g, "#"), site.line, site.heads, site.kv_heads, site.length, site.strategy, site.bytes, site.reason, site.others]);
+  const rows = tally(all, (site) => [
+    site.module.replace(/\d+/g, "#"),
+    site.line,
+    site.heads,
+    site.kv_heads,
+    site.length,
+    site.strategy,
+    site.bytes,
+    site.reason,
+    site.others,
+  ]);
   const cells = rows.map(({ item, all: same }) => {
     const ends = same.length > 1 ? `${item.module} … ${same[same.length - 1].module}` : item.module;
-    return h("tr", {},
+    return h(
+      "tr",
+      {},
       h("td", { class: "mono" }, ends || "–"),
       h("td", { class: "number" }, count(same.length)),
       h("td", { class: "number" }, item.heads === item.kv_heads ? `${item.heads}` : `${item.heads} / ${item.kv_heads}`),
       h("td", { class: "number" }, item.length === null ? "–" : count(item.length)),
       h("td", {}, h("b", {}, item.strategy), h("div", { class: "muted" }, item.reason)),
       h("td", { class: "number", title: exact(item.bytes) }, bytes(item.bytes)),
-      h("td", {}, (item.others || []).map((other) => h("div", {}, `${other.strategy} `, h("span", { class: "muted" }, other.bytes === null ? "not possible" : bytes(other.bytes))))),
-      h("td", { class: "mono" }, item.line));
+      h(
+        "td",
+        {},
+        (item.others || []).map((other) =>
+          h(
+            "div",
+            {},
+            `${other.strategy} `,
+            h("span", { class: "muted" }, other.bytes === null ? "not possible" : bytes(other.bytes)),
+          ),
+        ),
+      ),
+      h("td", { class: "mono" }, item.line),
+    );
   });
-  return h("section", { class: "card", id: "sites" }, h("h2", {}, "Attention"),
-    h("div", { class: "wide" }, h("table", {},
-      h("thead", {}, h("tr", {}, ["module", "sites", "heads / KV", "length", "strategy, and why", "each rank receives, a site, forward", "not taken", "your line"].map((head, i) => h("th", { scope: "col", class: [1, 2, 3, 5].includes(i) ? "number" : null }, head)))),
-      h("tbody", {}, cells))));
+  return h(
+    "section",
+    { class: "card", id: "sites" },
+    h("h2", {}, "Attention"),
+    h(
+      "div",
+      { class: "wide" },
+      h(
+        "table",
+        {},
+        h(
+          "thead",
+          {},
+          h(
+            "tr",
+            {},
+            [
+              "module",
+              "sites",
+              "heads / KV",
+              "length",
+              "strategy, and why",
+              "each rank receives, a site, forward",
+              "not taken",
+              "your line",
+            ].map((head, i) => h("th", { scope: "col", class: [1, 2, 3, 5].includes(i) ? "number" : null }, head)),
+          ),
+        ),
+        h("tbody", {}, cells),
+      ),
+    ),
+  );
 }
 
 // The page
 
 function legend() {
   const item = (name, text) => h("span", {}, icon(name), text);
-  return h("div", { class: "legend" },
-    item("sharded", "sharded: each rank does its part"), item("replicated", "whole: every rank does all"),
-    item("mixed", "some of each"), item("collective", "collective; dotted: in backward only"),
-    item("idle", "no arithmetic"), item("input", "input"), item("output", "output"), item("fallback", "fallback"));
+  return h(
+    "div",
+    { class: "legend" },
+    item("sharded", "sharded: each rank does its part"),
+    item("replicated", "whole: every rank does all"),
+    item("mixed", "some of each"),
+    item("collective", "collective; dotted: in backward only"),
+    item("idle", "no arithmetic"),
+    item("input", "input"),
+    item("output", "output"),
+    item("fallback", "fallback"),
+  );
 }
 
 function closeAll() {
@@ -1016,30 +1505,71 @@ function draw() {
   });
   const go = (direction) => () => step(direction);
   fill(document.getElementById("page"), {}, [
-    h("header", { class: "head" }, h("h1", {}, report.model),
-      h("p", {}, `split along the sequence over ${count(report.sp_size)} ranks · ${plural(graphs.length, "graph")}, ${plural(total, "op")}`)),
+    h(
+      "header",
+      { class: "head" },
+      h("h1", {}, report.model),
+      h(
+        "p",
+        {},
+        `split along the sequence over ${count(report.sp_size)} ranks · ${plural(graphs.length, "graph")}, ${plural(total, "op")}`,
+      ),
+    ),
     alarm(),
     tiles(),
     ...notes(),
-    h("div", { class: "main" },
-      h("section", { class: "card" },
-        h("div", { class: "bar-of-tools" }, h("h2", { id: "program" }, "The program, in order"),
-          h("span", {}, h("button", { type: "button", id: "previous", onclick: go(-1) }, "previous collective"), " ",
-            h("button", { type: "button", id: "next", onclick: go(1) }, "next collective"), " ",
-            h("button", { type: "button", id: "close", onclick: closeAll }, "close all"))),
+    h(
+      "div",
+      { class: "main" },
+      h(
+        "section",
+        { class: "card" },
+        h(
+          "div",
+          { class: "bar-of-tools" },
+          h("h2", { id: "program" }, "The program, in order"),
+          h(
+            "span",
+            {},
+            h("button", { type: "button", id: "previous", onclick: go(-1) }, "previous collective"),
+            " ",
+            h("button", { type: "button", id: "next", onclick: go(1) }, "next collective"),
+            " ",
+            h("button", { type: "button", id: "close", onclick: closeAll }, "close all"),
+          ),
+        ),
         legend(),
-        h("div", { class: "columns", "aria-hidden": "true" }, h("span", {}, "module, op"), h("span", {}, "work that is sharded"),
-          h("span", {}, "FLOPs, all"), h("span", {}, "received: forward + back")),
-        tree),
-      panel),
+        h(
+          "div",
+          { class: "columns", "aria-hidden": "true" },
+          h("span", {}, "module, op"),
+          h("span", {}, "work that is sharded"),
+          h("span", {}, "FLOPs, all"),
+          h("span", {}, "received: forward + back"),
+        ),
+        tree,
+      ),
+      panel,
+    ),
     h("div", { class: "charts" }, layersChart(), scalingChart()),
     sitesTable(),
-    h("footer", {},
-      h("p", {}, "Bytes are what each rank receives, own block and padding excluded; they follow from the shapes of the graph and are what the program moves. ",
-        "A step is one forward and one backward. FLOPs are those of the forward; sharded work is counted whole, over all ranks."),
-      h("p", {}, "Memory and time are estimates: memory is the peak of a walk over the forward graph in which each value is freed after its last use, before the inner backend fuses anything; ",
-        "time follows from link bandwidth and latency alone. Neither was measured on your devices."),
-      h("p", {}, "In the tree: click, or arrow keys, Home, End and Enter.")),
+    h(
+      "footer",
+      {},
+      h(
+        "p",
+        {},
+        "Bytes are what each rank receives, own block and padding excluded; they follow from the shapes of the graph and are what the program moves. ",
+        "A step is one forward and one backward. FLOPs are those of the forward; sharded work is counted whole, over all ranks. What no activation enters (masks, position tables) counts as none.",
+      ),
+      h(
+        "p",
+        {},
+        "Memory and time are estimates: memory is the peak of a walk over the forward graph in which each value is freed after its last use, before the inner backend fuses anything; ",
+        "time is that of the collectives alone, by the bandwidth and latency of the links. Neither was measured on your devices.",
+      ),
+      h("p", {}, "In the tree: click, or arrow keys, Home, End and Enter."),
+    ),
   ]);
   roots.forEach(openFirst);
   choose(roots[0], { focus: false, scroll: false });

@@ -31,7 +31,7 @@ class Op:
     local_shape: list[int]
     dtype: str
     flops: int
-    """Of the whole value, forward."""
+    """Of the whole value, forward; as in `Totals`."""
     operands: list[str]
 
 

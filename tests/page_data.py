@@ -41,9 +41,12 @@ class Decoder:
             "model": model,
             "sp_size": parts,
             "links": {"bandwidth": 4e11, "latency": 1e-5},
+            "incomplete": "",
             "graphs": [
                 {
                     "name": "graph_0",
+                    "unsharded": "",
+                    "ends": "",
                     "ops": self.ops,
                     "sites": self.sites,
                     "collectives": self.collectives,
@@ -59,6 +62,7 @@ class Decoder:
     def strategies(self, parts: int) -> dict[str, int]:
         query = self.length * WIDTH * 2 // parts
         return {
+            "local": 0,
             "ulysses": round((2 + 2 * max(KV_HEADS, parts) / HEADS) * query * (parts - 1) / parts),
             "all_gather_kv": 2 * query * KV_HEADS // HEADS * (parts - 1),
         }
@@ -116,6 +120,8 @@ class Decoder:
                 "bytes_backward": back,
                 "launches_forward": int(forward > 0),
                 "launches_backward": int(back > 0),
+                "padded_forward": forward,
+                "padded_backward": back,
             }
         )
         return made
@@ -212,7 +218,6 @@ def with_fallback(report: dict[str, Any]) -> dict[str, Any]:
     op = next(each for each in graph["ops"] if each["op"] == "aten.silu")
     graph["fallbacks"].append(
         {
-            "name": op["name"],
             "op": op["op"],
             "line": op["line"],
             "why": "no sharding rule for mylib.scan",

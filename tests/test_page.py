@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Dialog, Locator, Page, sync_playwright
 
+from sp_compile import explain
 from sp_compile.page import render
+from tests.models import MODELS, inputs_of
 from tests.page_data import decoder_report, with_fallback
 
 CHROMIUM = shutil.which("chromium")
@@ -126,7 +128,7 @@ def test_a_layer_unlike_the_others_is_not_folded_with_them(opened: Any) -> None:
     view = opened(report)
     shown = view.shown()
     assert "layers" in shown
-    assert [name for name in shown if re.fullmatch("[0-9–]+", name)] == ["0–2", "3", "4–5"]
+    assert [name for name in shown if re.fullmatch("(layers )?[0-9–]+", name)] == ["layers 0–2", "3", "layers 4–5"]
 
 
 def test_layers_that_take_turns_are_folded_as_pairs(opened: Any) -> None:
@@ -190,6 +192,20 @@ def test_steps_through_the_collectives(opened: Any) -> None:
     assert view.page.locator("#panel .title").inner_text() == "gather_heads_scatter_seq"
 
 
+@pytest.mark.parametrize("name", ["llama", "vit"])
+def test_what_explain_gives_agrees_with_itself(opened: Any, name: str) -> None:
+    keywords = {"use_cache": False} if name == "llama" else {}
+    report = explain(MODELS[name](), **inputs_of(name, 33), **keywords, sp_size=3)
+    view = opened(report.to_dict())
+    assert view.page.locator("#disagree").count() == 0
+    assert view.drawn() == report.totals.bytes_forward + report.totals.bytes_backward > 0
+    assert "2 × identical" in view.page.locator("#tree").inner_text()
+    view.page.locator("#next").click()
+    assert view.page.locator("#before button").count() >= 1
+    chosen = view.page.locator("#tree .row[aria-selected=true]").inner_text()
+    assert re.search(r"S\(2: [0-9+]+\) → S\(1: \d\)", chosen)
+
+
 @pytest.mark.parametrize("total", ["bytes_forward", "launches_backward", "flops_sharded"])
 def test_totals_that_disagree_are_shouted(opened: Any, total: str) -> None:
     report = decoder_report(2)
@@ -222,9 +238,9 @@ def test_estimates_are_called_that(opened: Any) -> None:
     report = decoder_report(2)
     view = opened(report)
     marked = view.page.locator(".tile", has=view.page.locator(".estimate")).locator("h2").all_inner_texts()
-    assert marked == ["Activations of a rank, peak", "Time of a step"]
+    assert marked == ["Activations of a rank", "Communication, a step"]
     report["totals"]["seconds"] = report["links"] = None
-    assert "not estimated" in opened(report).page.locator(".tiles").inner_text()
+    assert "not timed" in opened(report).page.locator(".tiles").inner_text()
 
 
 def test_names_are_text_and_never_code(opened: Any) -> None:
