@@ -10,7 +10,15 @@ model = torch.compile(model, backend=sp_backend)
 from .backend import sp_backend
 from .config import SequenceParallelConfig
 from .debug import RewrittenGraph, rewritten_graphs
-from .errors import CaptureError, ConfigurationError, DataError, FallbackError, RuleError, SequenceParallelError
+from .errors import (
+    CaptureError,
+    ConfigurationError,
+    DataError,
+    FallbackError,
+    RuleError,
+    SequenceParallelError,
+    VerificationError,
+)
 from .group import (
     destroy_sequence_parallel,
     get_data_parallel_group,
@@ -23,6 +31,7 @@ from .group import (
 )
 from .region import replicated_region
 from .rules import register_sharding_rule
+from .verify import Verification, verify
 
 __all__ = [
     "CaptureError",
@@ -33,6 +42,8 @@ __all__ = [
     "RuleError",
     "SequenceParallelConfig",
     "SequenceParallelError",
+    "Verification",
+    "VerificationError",
     "destroy_sequence_parallel",
     "get_data_parallel_group",
     "get_data_parallel_rank",
@@ -45,4 +56,5 @@ __all__ = [
     "replicated_region",
     "rewritten_graphs",
     "sp_backend",
+    "verify",
 ]

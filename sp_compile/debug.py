@@ -48,6 +48,11 @@ class RewrittenGraph:
     stages: tuple[tuple[str, str], ...]
     """(pass, the graph after it as text), in order."""
 
+    rules: GraphRules
+    """The rules of the captured graph."""
+    sharded: ShardedGraph
+    """What the last pass gave: which captured value each rewritten node holds."""
+
     def __str__(self) -> str:
         return self.stages[-1][1]
 
@@ -115,7 +120,7 @@ def record(
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{title}.txt").write_text(text + "\n")
     moved = collectives(sharded.graph_module.graph, plan.parts)
-    graph = RewrittenGraph(name, captured, sharded.graph_module, plan, moved, stages)
+    graph = RewrittenGraph(name, captured, sharded.graph_module, plan, moved, stages, rules, sharded)
     _rewritten.append(graph)
     return graph
 
