@@ -11,7 +11,8 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,19 +23,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .capture import CapturedGraph, capture
 from .config import SequenceParallelConfig
-from .debug import RewrittenGraph, record, record_unsharded
+from .debug import log_summary, record, record_unsharded
 from .errors import CaptureError, ConfigurationError, FallbackError, user_line
 from .graph import GraphRules
 from .group import current_epoch, cuts_graphs_for_ddp, rank_tensor, resolve_group
 from .ops import LOWERING_VERSION
-from .passes import find_attention, find_mixers, insert_collectives, propagate
-from .plan import Fallback
+from .passes import ShardedGraph, find_attention, find_mixers, insert_collectives, propagate
+from .plan import AttentionSite, Fallback, ShardingPlan
 from .rules import stays_whole
 from .sharding import Placement, Sharded
 
 log = logging.getLogger(__name__)
 
 Compiled = Callable[..., Any]
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
 
 
 def sp_backend(
@@ -86,31 +89,69 @@ def _reject_cut_graphs() -> None:
 def _compile(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config: SequenceParallelConfig, group: dist.ProcessGroup
 ) -> Compiled:
-    started = time.perf_counter()
     try:
-        captured = capture(gm, example_inputs, stays_whole)
+        planned = plan_graph(gm, example_inputs, config, group.group_name, group.size())
     except CaptureError as error:
         if config.strict:
             raise FallbackError(f"{error}; without strict=True this graph runs unsharded") from error
         log.warning("a graph runs unsharded: %s", error)
         record_unsharded(gm, None, str(error))
         return _compile_inner(config, gm, example_inputs)
-    rules = GraphRules(captured.graph_module.graph, captured.replicated)
-    sites = find_attention(rules)
-    mixers = () if sites else find_mixers(rules)
-    plan = propagate(rules, sites, mixers, group.size(), config.attention)
-    _report(plan.fallbacks, config.strict)
-    if not plan.shards:
-        record_unsharded(captured.graph_module, plan, "nothing to shard")
+    _report(planned.plan.fallbacks, config.strict)
+    sharded, captured = planned.sharded, planned.captured.graph_module
+    if sharded is None:
+        unsharded = record_unsharded(captured, planned.plan, "nothing to shard")
+        log_summary(unsharded.name, planned.rules, planned.plan, None, planned.seconds)
         return _compile_inner(config, gm, example_inputs)
-    sharded = insert_collectives(captured.graph_module, rules, plan, group.group_name, config)
-    _set_local_values(sharded.graph_module, captured)
-    rewritten = record(captured.graph_module, rules, sites, plan, sharded, config.dump)
-    log.info("%s; planned in %.2f s", _summary(rewritten), time.perf_counter() - started)
+    rewritten = record(gm, captured, planned.rules, planned.sites, planned.plan, sharded, config.dump)
+    log_summary(rewritten.name, planned.rules, planned.plan, sharded, planned.seconds)
     rank = rank_tensor(group, _device(example_inputs))
     with torch.compiler.config.patch(cache_key_tag=_cache_key_tag(group)):  # type: ignore[attr-defined]
         inner = _compile_inner(config, sharded.graph_module, [*example_inputs, rank])
     return lambda *args: _without_padding(inner(*args, rank), sharded.outputs)
+
+
+@dataclass(frozen=True)
+class PlannedGraph:
+    """A graph on its way to the inner backend."""
+
+    captured: CapturedGraph
+    rules: GraphRules
+    sites: tuple[AttentionSite, ...]
+    plan: ShardingPlan
+    sharded: ShardedGraph | None
+    """None: there is nothing to shard."""
+    seconds: Mapping[str, float]
+    """What each pass took."""
+
+
+def plan_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: SequenceParallelConfig, group_name: str, parts: int
+) -> PlannedGraph:
+    """The passes, in their order, for P = `parts`. Raises `CaptureError`."""
+    clock = _Clock()
+    captured = clock.time("capture", capture, gm, example_inputs, stays_whole)
+    rules = GraphRules(captured.graph_module.graph, captured.replicated)
+    sites = clock.time("find_attention", find_attention, rules)
+    mixers = () if sites else clock.time("find_mixers", find_mixers, rules)
+    plan = clock.time("propagate", propagate, rules, sites, mixers, parts, config.attention)
+    sharded = None
+    if plan.shards:
+        module = captured.graph_module
+        sharded = clock.time("insert_collectives", insert_collectives, module, rules, plan, group_name, config)
+        clock.time("local_values", _set_local_values, sharded.graph_module, captured)
+    return PlannedGraph(captured, rules, sites, plan, sharded, clock.seconds)
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def time(self, name: str, call: Callable[_Args, _Result], *args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
+        started = time.perf_counter()
+        result = call(*args, **kwargs)
+        self.seconds[name] = time.perf_counter() - started
+        return result
 
 
 def _without_padding(outputs: Sequence[Any], placements: Sequence[Placement]) -> list[Any]:
@@ -170,13 +211,3 @@ def _report(fallbacks: Sequence[Fallback], strict: bool) -> None:
             rule = "" if fallback.node.op == "call_module" else "give it a rule with register_sharding_rule, "
             raise FallbackError(f"{text}; {rule}opt it out with replicated_region(), or compile without strict=True")
         log.warning("%s", text)
-
-
-def _summary(graph: RewrittenGraph) -> str:
-    strategies = [site.strategy for site in graph.plan.sites]
-    counts = ", ".join(f"{strategies.count(name)} {name}" for name in dict.fromkeys(strategies)) or "none"
-    moved = sum(each.bytes for each in graph.collectives)
-    return (
-        f"{graph.name} on {graph.plan.parts} ranks: attention sites: {counts}; {len(graph.collectives)} collectives, "
-        f"{moved:,} bytes received per rank, forward; {len(graph.plan.fallbacks)} fallbacks"
-    )

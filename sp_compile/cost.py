@@ -36,7 +36,8 @@ from .plan import ShardingPlan
 aten = torch.ops.aten
 
 # The position of the first argument of the layout along which the value is whole before or after.
-_SHARDED = {"all_to_all": 1, "all_to_all_kv": 2, "all_gather": 2}
+_SHARDED = {"all_to_all": 1, "all_to_all_kv": 2, "all_gather": 2, "shard": 2}
+_MOVING = ("all_to_all", "all_to_all_kv", "all_gather")
 _SUMMED = ("all_reduce", "select_rows")
 
 
@@ -58,26 +59,67 @@ def collectives(graph: fx.Graph, parts: int) -> tuple[Collective, ...]:
     found = []
     for node in graph.nodes:
         op = node.target._opname if getattr(node.target, "namespace", "") == "sp" else ""
-        if op in _SHARDED or op in _SUMMED:
-            found.append(Collective(node.name, op, str(node.args[0]), _received(node, op, parts)))
+        if op in _MOVING or op in _SUMMED:
+            summed = op in _SUMMED
+            moved = received(_transported(node), True, parts) if summed else shared_bytes(node, parts)
+            found.append(Collective(node.name, op, str(node.args[0]), moved))
     return tuple(found)
 
 
-def _received(node: fx.Node, op: str, parts: int) -> int:
-    others = (parts - 1) / parts
-    if op in _SUMMED:
-        return round(2 * _bytes(node.meta["val"]) * others)
+def received(result: torch.Tensor, reduced: bool, parts: int) -> int:
+    """What a rank receives for a tensor that all ranks' parts make: reduced over them, or laid end to end."""
+    return round((1 + reduced) * _bytes(result) * (parts - 1) / parts)
+
+
+def _transported(node: fx.Node) -> torch.Tensor:
+    """The value of a node as a sum of it travels: half types in float32, truth values as bytes."""
+    value: torch.Tensor = node.meta["val"]
+    summed = isinstance(node.target, torch._ops.OpOverload) and node.target._opname == "all_reduce"
+    wide = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+    return value.to(wide.get(value.dtype, value.dtype)) if summed and node.args[1] == "sum" else value
+
+
+def shared_bytes(node: fx.Node, parts: int) -> int:
+    """What a rank receives when a value that is sharded is gathered or exchanged, forward or backward; no padding."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    op, others = node.target._opname, (parts - 1) / parts
     args: Any = node.args
     dim, outer, sizes = args[_SHARDED[op] :][:3]
-    local = args[0].meta["val"]
+    local = args[0].meta["val"] if op != "shard" else node.meta["val"]
     whole = _bytes(local) * _int(outer) * sum(map(_int, sizes)) // max(_int(local.shape[dim]), 1)
-    if op == "all_gather":
+    if op in ("all_gather", "shard"):
         return round(whole * others)
     if op == "all_to_all":
         return round(whole * others / parts)
     head_dim, query_heads = args[6:8]
     heads = _int(local.shape[head_dim])
     return round(whole * _heads_read(query_heads, heads, parts) / heads * others)
+
+
+@dataclass(frozen=True)
+class SiteSizes:
+    """What an attention site is made of: bytes of whole values, K and V before they are repeated, and heads."""
+
+    query: int
+    key: int
+    value: int
+    output: int
+    heads: int
+    kv_heads: int
+
+
+def attention_bytes(site: SiteSizes, parts: int) -> dict[str, int]:
+    """What each rank receives for a site by each strategy, forward (DESIGN, "What a layer moves")."""
+    others = (parts - 1) / parts
+    share = 1 / parts
+    if site.kv_heads not in (0, site.heads) and site.kv_heads % parts:
+        share = _heads_read(site.heads, site.kv_heads, parts) / site.kv_heads
+    return {
+        "ulysses": sum(round(n * others / parts) for n in (site.query, site.output))
+        + sum(round(n * others * share) for n in (site.key, site.value)),
+        "all_gather_kv": sum(round(n * others) for n in (site.key, site.value)),
+        "replicate": sum(round(n * others) for n in (site.query, site.key, site.value)),
+    }
 
 
 def _heads_read(query_heads: int, kv_heads: int, parts: int) -> int:

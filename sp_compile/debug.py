@@ -12,9 +12,10 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import unified_diff
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch import fx
 from torch._logging._internal import trace_structured
 from torch.utils._dtype_abbrs import dtype_abbrs
 
-from .cost import Collective, collectives
+from .cost import Collective, collectives, planned_flops
 from .errors import user_line
 from .graph import GraphRules
 from .passes import ShardedGraph
@@ -84,12 +85,15 @@ def unsharded_graphs() -> list[UnshardedGraph]:
     return list(_unsharded)
 
 
-def record_unsharded(graph_module: fx.GraphModule, plan: ShardingPlan | None, reason: str) -> None:
+def record_unsharded(graph_module: fx.GraphModule, plan: ShardingPlan | None, reason: str) -> UnshardedGraph:
     """Keep a graph that is not rewritten."""
-    _unsharded.append(UnshardedGraph(f"graph_{next(_numbers)}", graph_module, plan, reason))
+    graph = UnshardedGraph(f"graph_{next(_numbers)}", graph_module, plan, reason)
+    _unsharded.append(graph)
+    return graph
 
 
 def record(
+    given: fx.GraphModule,
     captured: fx.GraphModule,
     rules: GraphRules,
     sites: Sequence[AttentionSite],
@@ -97,14 +101,13 @@ def record(
     sharded: ShardedGraph,
     dump: str | os.PathLike[str] | None,
 ) -> RewrittenGraph:
-    """Print, dump and keep what each pass did to a graph."""
+    """Print, dump and keep what each pass did to the graph `given` by Dynamo."""
     name = f"graph_{next(_numbers)}"
-    places = {node.name: _placement(plan, node) for node in rules.graph.nodes}
     shapes = {node.name: node.meta.get("val") for node in rules.graph.nodes}
     stages = (
         ("capture", format_graph(captured)),
         ("find_attention", "\n".join(_format_site(site, rules) for site in sites) or "no attention"),
-        ("propagate", format_graph(captured, lambda node: places[node.name])),
+        ("propagate", format_graph(captured, partial(_placement, plan))),
         ("insert_collectives", format_graph(sharded.graph_module, origin=sharded.origins, whole=shapes)),
     )
     for number, (stage, text) in enumerate(stages):
@@ -115,14 +118,46 @@ def record(
             metadata_fn=partial(dict, name=f"sp_compile_{title}", encoding="string"),
             payload_fn=partial(str, text),
         )
-        if dump is not None:
-            folder = Path(dump)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{title}.txt").write_text(text + "\n")
+    if dump is not None:
+        folder = Path(dump)
+        folder.mkdir(parents=True, exist_ok=True)
+        # An analysis leaves the graph as it is: its diff is what it noted of it.
+        in_site = {node: f"site {number}" for number, site in enumerate(sites) for node in site.nodes}
+        found = format_graph(captured, lambda node: in_site.get(node, ""))
+        (_, whole), _, (_, placed), (_, rewritten) = stages
+        graphs = [("dynamo", format_graph(given)), ("capture", whole), ("find_attention", found)]
+        graphs += [("propagate", placed), ("insert_collectives", rewritten)]
+        for number, (stage, text) in enumerate(stages):
+            (before, old), (after, new) = graphs[number : number + 2]
+            difference = unified_diff(old.splitlines(), new.splitlines(), before, after, lineterm="")
+            (folder / f"{name}.{number}_{stage}.txt").write_text(text + "\n")
+            (folder / f"{name}.{number}_{stage}.diff").write_text("\n".join(difference) + "\n")
     moved = collectives(sharded.graph_module.graph, plan.parts)
     graph = RewrittenGraph(name, captured, sharded.graph_module, plan, moved, stages, rules, sharded)
     _rewritten.append(graph)
     return graph
+
+
+def log_summary(
+    name: str, rules: GraphRules, plan: ShardingPlan, sharded: ShardedGraph | None, seconds: Mapping[str, float]
+) -> None:
+    """The line that a compiled graph is at INFO; all else that is no warning is at DEBUG."""
+    if not log.isEnabledFor(logging.INFO):
+        return
+    strategies = Counter(site.strategy for site in plan.sites)
+    moved = collectives(sharded.graph_module.graph, plan.parts) if sharded else ()
+    log.info(
+        "%s on %d ranks: %s; %d collectives, %s bytes received per rank, forward; %.1f%% of FLOPs sharded; "
+        "%d fallbacks; planned in %.2f s",
+        name,
+        plan.parts,
+        "attention sites: " + (", ".join(f"{n} {name}" for name, n in strategies.items()) or "none"),
+        len(moved),
+        f"{sum(each.bytes for each in moved):,}",
+        100 * planned_flops(rules, plan).coverage if sharded else 0.0,
+        len(plan.fallbacks),
+        sum(seconds.values()),
+    )
 
 
 def _placement(plan: ShardingPlan, node: fx.Node) -> str:

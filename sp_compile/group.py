@@ -97,7 +97,7 @@ def _switch_off_ddp_optimizer() -> bool | str | None:
         return None
     setting = torch._dynamo.config.optimize_ddp
     torch._dynamo.config.optimize_ddp = False
-    log.info("torch._dynamo.config.optimize_ddp is off: the DDP optimizer would cut graphs in mid-block")
+    log.debug("torch._dynamo.config.optimize_ddp is off: the DDP optimizer would cut graphs in mid-block")
     return setting
 
 

@@ -634,6 +634,7 @@ def test_a_graph_with_nothing_to_shard_goes_to_the_inner_backend_as_it_is() -> N
 def test_dump_and_rewritten_graphs(tmp_path: Path) -> None:
     run_simulated(Block().double(), (tokens(1, 7, 12),), parts=2, options={"dump": str(tmp_path)})
     names = sorted(path.name.split(".", 1)[1] for path in tmp_path.iterdir())
-    assert names == ["0_capture.txt", "1_find_attention.txt", "2_propagate.txt", "3_insert_collectives.txt"]
+    passes = ["0_capture", "1_find_attention", "2_propagate", "3_insert_collectives"]
+    assert names == [f"{each}.{kind}" for each in passes for kind in ("diff", "txt")]
     text = str(rewritten_graphs()[-1])
     assert "4 of 7" in text and "gather_seq_scatter_heads_q" in text and "test_passes.py" in text

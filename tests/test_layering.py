@@ -12,10 +12,11 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"errors"},
     {"sharding", "rule", "ops", "random_ops", "config", "group", "canonicalize", "opaque", "region", "capture"},
-    {"rules", "graph", "plan", "homes", "cost", "functional", "data"},
+    {"rules", "graph", "plan", "homes", "cost", "traffic", "links", "functional", "data"},
     {"passes"},
     {"debug", "guard", "backend"},
-    {"explain", "simulation", "comparison", "divergence", "verify", "doctor", "__main__"},
+    {"explain", "page", "simulation", "comparison", "divergence", "verify", "doctor"},
+    {"__main__"},
 )
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 
