@@ -287,14 +287,15 @@ def _all_to_all_kv(rank: _Rank) -> _Errors:
 
 def _reduction(kind: str) -> Callable[[_Rank], _Errors]:
     def check(rank: _Rank) -> _Errors:
-        """Rank r has `(r + 1) x`: the last has the maximum of positive values, the first the minimum."""
+        """Two ranks after two have `x`, `2 x`, ...: extrema are shared, and so is their gradient."""
         x, cotangent = rank.value(2, 3).abs() + 1, rank.value(2, 3)
-        own = (x * (rank.index + 1)).requires_grad_()
+        factors = [1 + each // 2 for each in range(rank.parts)]
+        own = (x * factors[rank.index]).requires_grad_()
         made = sp.all_reduce.default(own, kind, rank.name)
         (received,) = torch.autograd.grad(made, own, cotangent)
-        times = {"sum": rank.parts * (rank.parts + 1) // 2, "max": rank.parts, "min": 1}[kind]
-        wins = kind == "sum" or rank.index == {"max": rank.parts - 1, "min": 0}[kind]
-        wanted = cotangent if wins else torch.zeros_like(cotangent)
+        times = {"sum": sum, "max": max, "min": min}[kind](factors)
+        share = 1.0 if kind == "sum" else (factors[rank.index] == times) / factors.count(times)
+        wanted = cotangent * share
         return relative_error(x * times, made.detach()), relative_error(wanted, received, float(cotangent.abs().max()))
 
     return check

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from .backend import sp_backend
 from .comparison import Program, Step, compare, copied, is_rounding, named_leaves, nudged, states, step
+from .config import SequenceParallelConfig
 from .debug import RewrittenGraph, UnshardedGraph, rewritten_graphs, unsharded_graphs
 from .divergence import Divergence, Recorder, first_divergence
-from .errors import ConfigurationError, SequenceParallelError, VerificationError
+from .errors import ConfigurationError, FallbackError, VerificationError
 from .simulation import simulate
 
 UNSEEN = (
@@ -141,7 +142,7 @@ def verify(
             pass
     except Exception as error:
         met = getattr(error, "inner_exception", error)  # as Dynamo wraps what a backend raises
-        if isinstance(met, SequenceParallelError):
+        if isinstance(met, (ConfigurationError, FallbackError)):
             raise met from error
         told = f"one device runs this model; on {sp_size} ranks it raises {type(met).__name__}: {met}"
         raise VerificationError(told) from error
@@ -154,10 +155,23 @@ def verify(
         sum(len(graph.collectives) for graph in ran.graphs),
     )
     if verification.wrong:
+        _check_steady(verification, program, expected)
         verification = replace(verification, rounding=_rounding(verification, program, expected))
     if verification.wrong:
         raise _failure(verification, program, expected, settings, dynamic)
     return verification
+
+
+def _check_steady(verification: Verification, program: Program, expected: Step) -> None:
+    """Raise if one device differs from itself."""
+    again = compare(expected, run_alone(program), 1)
+    unsteady = [name for name, (error,) in again.items() if not error <= verification.tolerance]
+    if unsteady:
+        raise VerificationError(
+            f"one device does not give the same twice: {', '.join(unsteady)} differ between two runs from one random "
+            "state; make the model deterministic to verify it",
+            verification,
+        )
 
 
 def _rounding(verification: Verification, program: Program, expected: Step) -> tuple[str, ...]:
@@ -171,17 +185,10 @@ def _rounding(verification: Verification, program: Program, expected: Step) -> t
 def _failure(
     verification: Verification, program: Program, expected: Step, options: Mapping[str, object], dynamic: bool | None
 ) -> VerificationError:
-    """What to say of values that differ: find the node, unless one device differs from itself."""
+    """What to say of values that differ: the node, of graphs that are recorded and compiled anew for it."""
     wrong, tolerance = verification.wrong, verification.tolerance
-    again = compare(expected, run_alone(program), 1)
-    unsteady = [name for name, (error,) in again.items() if not error <= tolerance]
-    if unsteady:
-        return VerificationError(
-            f"one device does not give the same twice: {', '.join(unsteady)} differ between two runs from one random "
-            "state; make the model deterministic to verify it",
-            verification,
-        )
-    found = first_divergence_of(program, verification.sp_size, options, dynamic, expected.written, tolerance)
+    found, graphs = first_divergence_of(program, verification.sp_size, options, dynamic, expected.written, tolerance)
+    verification = replace(verification, graphs=tuple(graph.name for graph in graphs))
     nowhere = "No node of a rewritten graph differs from its captured one: look at capture, and outside the graphs."
     where = nowhere if found is None else str(found)
     count = f"{len(wrong)} of {len(verification.errors)} values on {verification.sp_size} ranks"
@@ -199,6 +206,7 @@ def _settings(sp_size: int, options: Mapping[str, object] | None) -> dict[str, o
             "before init_process_group, or in a process of its own (python -m sp_compile verify)"
         )
     given = dict(options or {})
+    SequenceParallelConfig.from_options(given)
     for name, kept in _REFUSED.items():
         if given.get(name, kept) != kept:
             raise ConfigurationError(f"verify compares what every rank has whole: leave out the option {name!r}")
@@ -262,8 +270,8 @@ def first_divergence_of(
     dynamic: bool | None,
     written: Collection[str],
     tolerance: float,
-) -> Divergence | None:
-    """The first node of a program that differs from one device."""
+) -> tuple[Divergence | None, Sequence[RewrittenGraph]]:
+    """The first node of a program that differs from one device, and the graphs that it was looked for in."""
     recorder = Recorder()
     with run_simulated(program, parts, {**options, "inner_backend": recorder}, dynamic, written) as ran:
-        return first_divergence(recorder.calls, ran.graphs, tolerance)
+        return first_divergence(recorder.calls, ran.graphs, tolerance), ran.graphs

@@ -52,7 +52,7 @@ def assert_equivalent(
         errors = differences(expected, ran.step, parts)
     wrong = {name: error for name, error in errors.items() if not error <= tolerance}
     if wrong:
-        found = first_divergence_of(program, parts, settings, dynamic, expected.written, tolerance)
+        found, _ = first_divergence_of(program, parts, settings, dynamic, expected.written, tolerance)
         raise AssertionError(f"P={parts}: {wrong}\n{found}")
     assert ran.graphs or not must_shard, "nothing was sharded"
     return list(ran.graphs)
