@@ -19,6 +19,7 @@ from .errors import (
     SequenceParallelError,
     VerificationError,
 )
+from .explain import explain
 from .group import (
     destroy_sequence_parallel,
     get_data_parallel_group,
@@ -29,7 +30,9 @@ from .group import (
     get_sequence_parallel_world_size,
     init_sequence_parallel,
 )
+from .links import Links, measure_links
 from .region import replicated_region
+from .report import Report
 from .rules import register_sharding_rule
 from .verify import Verification, verify
 
@@ -38,6 +41,8 @@ __all__ = [
     "ConfigurationError",
     "DataError",
     "FallbackError",
+    "Links",
+    "Report",
     "RewrittenGraph",
     "RuleError",
     "SequenceParallelConfig",
@@ -45,6 +50,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "destroy_sequence_parallel",
+    "explain",
     "get_data_parallel_group",
     "get_data_parallel_rank",
     "get_data_parallel_world_size",
@@ -52,6 +58,7 @@ __all__ = [
     "get_sequence_parallel_rank",
     "get_sequence_parallel_world_size",
     "init_sequence_parallel",
+    "measure_links",
     "register_sharding_rule",
     "replicated_region",
     "rewritten_graphs",

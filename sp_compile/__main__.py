@@ -1,47 +1,106 @@
-"""`python -m sp_compile verify|doctor`.
+"""The command line.
 
-    python -m sp_compile verify my_models:tiny_llama --sp-size 8
+    python -m sp_compile explain MODULE:CALLABLE --sp-size 8 [--html out.html]
+    python -m sp_compile verify MODULE:CALLABLE --sp-size 4
     torchrun --nproc-per-node 8 -m sp_compile doctor
 
-`MODULE:CALLABLE` returns a model and its inputs: `(model, inputs)`, where inputs are a tuple of positional arguments, a
-dict of keyword arguments or one argument; or `(model, args, kwargs)`. The exit code is 0 if all is well, 1 if something
-is wrong, and 2 if nothing could be said.
+The exit status is 0 if all is well, 1 if `verify` or `doctor` found something wrong, 2 if there was nothing to examine.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
-from collections.abc import Mapping
-from importlib import import_module
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from .doctor import doctor
-from .errors import ConfigurationError, SequenceParallelError, VerificationError
+from .errors import ConfigurationError, VerificationError
+from .explain import explain
 from .verify import verify
 
 
-def load(target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """The model, the positional and the keyword arguments that `MODULE:CALLABLE` returns."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a sub-command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m sp_compile")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    add_explain(commands)
+    add_verify(commands)
+    add_doctor(commands)
+    options = parser.parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except (argparse.ArgumentTypeError, ConfigurationError) as error:
+        parser.error(str(error))
+    return status
+
+
+def add_explain(commands: Any) -> None:
+    parser = commands.add_parser("explain", help="what the backend would do to a model", description=explain.__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_model(parser)
+    parser.add_argument("--sp-size", type=int, default=8, metavar="P", help="ranks (8)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the page there as well")
+    parser.set_defaults(run=_explain)
+
+
+def add_verify(commands: Any) -> None:
+    parser = commands.add_parser("verify", help="P simulated ranks against one device", description=verify.__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_model(parser)
+    parser.add_argument("--sp-size", type=int, default=4, metavar="P", help="ranks (4)")
+    parser.add_argument("--tolerance", type=float, help="the largest relative error; by dtype if it is not given")
+    parser.set_defaults(run=_verify)
+
+
+def add_doctor(commands: Any) -> None:
+    parser = commands.add_parser("doctor", help="versions, groups, links, and a self-test of every sp:: op")
+    parser.set_defaults(run=_doctor)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The argument that names a model and its inputs; `load` follows it."""
+    parser.add_argument(
+        "model",
+        metavar="MODULE:CALLABLE",
+        help="a function without arguments that returns (model, args) or (model, args, kwargs)",
+    )
+
+
+def load(target: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """The model and its inputs that `MODULE:CALLABLE` returns. Raises `ArgumentTypeError` where it does not."""
     name, colon, attribute = target.partition(":")
     if not colon:
-        raise ConfigurationError(f"{target!r} is no MODULE:CALLABLE, such as my_models:tiny_llama")
+        raise argparse.ArgumentTypeError(f"{target!r} is not of the form MODULE:CALLABLE")
     try:
-        made = getattr(import_module(name), attribute)()
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise ConfigurationError(f"{target}: {error}") from error
-    if not isinstance(made, tuple) or len(made) not in (2, 3):
-        raise ConfigurationError(f"{target} returned {type(made).__name__}; return (model, inputs)")
-    model, inputs, *more = made
-    kwargs: dict[str, Any] = dict(more[0]) if more else {}
-    if isinstance(inputs, Mapping) and not more:
-        return model, (), dict(inputs)
-    return model, inputs if isinstance(inputs, tuple) else (inputs,), kwargs
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not name.startswith(error.name):
+            raise
+        raise argparse.ArgumentTypeError(f"there is no module {name!r}") from error
+    if not callable(make := getattr(module, attribute, None)):
+        raise argparse.ArgumentTypeError(f"the module {name!r} has no callable {attribute!r}")
+    made = make()
+    if not isinstance(made, tuple) or len(made) not in (2, 3) or not callable(made[0]):
+        raise argparse.ArgumentTypeError(f"{target} has to return (model, args) or (model, args, kwargs)")
+    model, args, *rest = made
+    return model, tuple(args) if isinstance(args, (tuple, list)) else (args,), dict(rest[0]) if rest else {}
+
+
+def _explain(options: argparse.Namespace) -> int:
+    model, args, kwargs = load(options.model)
+    report = explain(model, *args, sp_size=options.sp_size, **kwargs)
+    print(report)
+    if options.html is not None:
+        options.html.write_text(report.to_html(), encoding="utf-8")
+    return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
-    model, args, kwargs = load(options.target)
+    model, args, kwargs = load(options.model)
     try:
         print(verify(model, *args, sp_size=options.sp_size, tolerance=options.tolerance, **kwargs))
     except VerificationError as error:
@@ -57,32 +116,5 @@ def _doctor(_: argparse.Namespace) -> int:
     return 0 if diagnosis.passed else 1
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
-        "python -m sp_compile", description="Sequence parallelism as a torch.compile backend"
-    )
-    commands = made.add_subparsers(required=True, metavar="COMMAND")
-    verifying = commands.add_parser("verify", help="P simulated ranks against one device")
-    verifying.add_argument("target", metavar="MODULE:CALLABLE", help="returns (model, inputs)")
-    verifying.add_argument("--sp-size", type=int, default=4, metavar="P", help="ranks (4)")
-    verifying.add_argument("--tolerance", type=float, help="the largest relative error; by dtype if not given")
-    verifying.set_defaults(run=_verify)
-    examining = commands.add_parser("doctor", help="versions, groups, links, and a self-test of every sp:: op")
-    examining.set_defaults(run=_doctor)
-    return made
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run a command; the exit code."""
-    options = parser().parse_args(arguments)
-    try:
-        code: int = options.run(options)
-    except SequenceParallelError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    return code
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -106,6 +106,8 @@ class SiteSizes:
     output: int
     heads: int
     kv_heads: int
+    repeated: int = 1
+    """How often K and V are repeated before the site: gathering takes them as they arrive there."""
 
 
 def attention_bytes(site: SiteSizes, parts: int) -> dict[str, int]:
@@ -114,11 +116,12 @@ def attention_bytes(site: SiteSizes, parts: int) -> dict[str, int]:
     share = 1 / parts
     if site.kv_heads not in (0, site.heads) and site.kv_heads % parts:
         share = _heads_read(site.heads, site.kv_heads, parts) / site.kv_heads
+    gathered = sum(round(n * site.repeated * others) for n in (site.key, site.value))
     return {
         "ulysses": sum(round(n * others / parts) for n in (site.query, site.output))
         + sum(round(n * others * share) for n in (site.key, site.value)),
-        "all_gather_kv": sum(round(n * others) for n in (site.key, site.value)),
-        "replicate": sum(round(n * others) for n in (site.query, site.key, site.value)),
+        "all_gather_kv": gathered,
+        "replicate": round(site.query * others) + gathered,
     }
 
 

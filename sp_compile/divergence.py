@@ -49,6 +49,7 @@ class Divergence:
     node: str
     """Of the rewritten graph."""
     op: str
+    """As captured, or what moved the value."""
     value: str
     """The captured value that the node holds, or whose gradient is wrong."""
     errors: tuple[float, ...]
@@ -335,7 +336,10 @@ class _Pair:
         self, direction: str, node: str, placed: str, value: str, errors: tuple[float, ...], placement: Placement
     ) -> Divergence:
         """A divergence at a rewritten node that was written for the captured node `placed`."""
-        captured, op = self.alone.nodes[placed], _op(self.ranks.nodes[node])
+        captured = self.alone.nodes[placed]
+        made_at = next((name for name, held, _ in self.values if held == placed), node)
+        is_moved = placed == value and node != made_at
+        op = _op(self.ranks.nodes[node] if is_moved else captured)
         return Divergence(
             self.graph.name,
             direction,

@@ -293,7 +293,7 @@ def _reduction(kind: str) -> Callable[[_Rank], _Errors]:
         own = (x * factors[rank.index]).requires_grad_()
         made = sp.all_reduce.default(own, kind, rank.name)
         (received,) = torch.autograd.grad(made, own, cotangent)
-        times = {"sum": sum, "max": max, "min": min}[kind](factors)
+        times = {"sum": sum(factors), "max": max(factors), "min": min(factors)}[kind]
         share = 1.0 if kind == "sum" else (factors[rank.index] == times) / factors.count(times)
         wanted = cotangent * share
         return relative_error(x * times, made.detach()), relative_error(wanted, received, float(cotangent.abs().max()))

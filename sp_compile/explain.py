@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import copy
 import re
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -35,171 +37,9 @@ from .cost import SiteSizes, attention_bytes, flops, peak_activation_bytes, plan
 from .errors import CaptureError, ConfigurationError, user_line
 from .links import Links
 from .plan import Fallback, ShardingPlan, SitePlan
-from .sharding import Sharded
+from .report import FallbackCost, Graph, Launches, Op, Output, Report, Scale, Site, Strategy, Totals, WholeOp
+from .sharding import Replicated, Sharded
 from .traffic import Traffic, traffic
-
-__all__ = ["Report", "explain"]
-
-
-@dataclass(frozen=True)
-class Op:
-    """One node of a graph as a rank runs it."""
-
-    name: str
-    op: str
-    module: str
-    """The path of the module that it is in: `model.layers.0.mlp`."""
-    line: str
-    placement: str
-    """`sharded`, `replicated`, `collective`, `input` or `output`."""
-    layout: str
-    """`S(1: 32)`, or nothing."""
-    shape: list[int]
-    local_shape: list[int]
-    dtype: str
-    flops: int
-    """Of the whole value, forward."""
-    operands: list[str]
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """A way to make a site whole, and what each rank receives for it in one forward."""
-
-    strategy: str
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Site:
-    """One attention site."""
-
-    module: str
-    line: str
-    heads: int
-    kv_heads: int
-    length: int
-    """Of the keys."""
-    strategy: str
-    bytes: int
-    """What each rank receives for it, forward."""
-    reason: str
-    others: list[Strategy]
-    """The strategies not taken."""
-
-
-@dataclass(frozen=True)
-class Launches:
-    """One node that launches collectives. Bytes are received per rank, own block and padding excluded."""
-
-    name: str
-    op: str
-    role: str
-    """The name without its number: `gather_seq_scatter_heads_q`."""
-    module: str
-    line: str
-    bytes_forward: int
-    bytes_backward: int
-    launches_forward: int
-    launches_backward: int
-    padded_forward: int
-    """The bytes with padding: what the transport counts."""
-    padded_backward: int
-
-
-@dataclass(frozen=True)
-class FallbackCost:
-    """What a fallback costs each rank, forward."""
-
-    bytes: int
-    """Received to gather its operands."""
-    flops: int
-    """Computed whole on every rank."""
-
-
-@dataclass(frozen=True)
-class WholeOp:
-    """A fallback: an op that runs on gathered values."""
-
-    op: str
-    line: str
-    why: str
-    cost: FallbackCost
-    remedy: str
-
-
-@dataclass(frozen=True)
-class Output:
-    """One tensor that a graph returns, and what each rank receives for it to be whole."""
-
-    name: str
-    shape: list[int]
-    bytes: int
-    expensive: bool
-    remedy: str
-
-
-@dataclass(frozen=True)
-class Graph:
-    """One graph of the model."""
-
-    name: str
-    unsharded: str
-    """Why nothing of it is sharded; empty if something is."""
-    ends: str
-    """Why Dynamo ended it before the model did: the reason of a graph break."""
-    ops: list[Op]
-    sites: list[Site]
-    collectives: list[Launches]
-    fallbacks: list[WholeOp]
-    outputs: list[Output]
-
-
-@dataclass(frozen=True)
-class Totals:
-    """A step of the model, per rank. Bytes and launches as in `Launches`; FLOPs are those of one forward."""
-
-    bytes_forward: int
-    bytes_backward: int
-    launches_forward: int
-    launches_backward: int
-    lower_bound_forward: int
-    """The cheapest strategy of every site, and the sums over ranks of reductions such as the loss."""
-    lower_bound_backward: int
-    """The sites again if they take gradients, and one all-reduce of each trained parameter's, in its own dtype."""
-    flops_sharded: int
-    flops_replicated: int
-    activation_bytes: int
-    """The most that values made in a forward take at once on a rank, each freed after its last use."""
-    activation_bytes_one_device: int
-    seconds: dict[str, float] | None
-    """Communication alone, forward and backward, by the links; nothing overlapped."""
-
-
-@dataclass(frozen=True)
-class Scale:
-    """What each strategy receives per rank, forward, for the largest site, on so many ranks."""
-
-    sp_size: int
-    strategies: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `explain` found. `str` gives tables; `to_dict` plain data for JSON; `to_html` a page."""
-
-    model: str
-    sp_size: int
-    links: Links | None
-    incomplete: str
-    """Why the tracing stopped before the end of the model; empty if it did not."""
-    graphs: list[Graph]
-    totals: Totals
-    scaling: list[Scale]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as dicts, lists, strings and numbers."""
-        return asdict(self)
 
 
 def explain(
@@ -244,11 +84,20 @@ def explain(
             with mode:
                 compiled(*inputs, **keywords)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            incomplete = f"the model reads a value outside of its graphs ({error}), which explain does not compute"
+            incomplete = f"a value is read outside of graphs, and explain computes none ({_user_frame(error)})"
     name = getattr(model, "__name__", type(_unwrapped(model)).__name__)
     totals = _totals(explained, links)
     graphs = [each.graph for each in explained]
     return Report(name, sp_size, links, incomplete, graphs, totals, _scaling(explained, sp_size))
+
+
+def _user_frame(error: BaseException) -> str:
+    """`file.py:12 in forward: y = x.item()`: the innermost frame outside torch and this package."""
+    places = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(places)]
+    if not frames:
+        return str(error)
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}"
 
 
 # Tracing without a trace
@@ -324,8 +173,8 @@ class _Explained:
     """Of a rank and of one device."""
     bounds: tuple[int, int] = (0, 0)
     """Forward and backward."""
-    sizes: tuple[SiteSizes, ...] = ()
-    """Of each site."""
+    sizes: tuple[tuple[SiteSizes, str], ...] = ()
+    """Of each site, and its strategy."""
 
 
 def _explain_graph(
@@ -360,7 +209,7 @@ def _explain_graph(
         name, "", ends, ops, [each.site for each in sites], launches, fallbacks, _outputs(rewritten, launches)
     )
     bounds = _lower_bounds(sites, launches, origins, parts)
-    sizes = tuple(each.sizes for each in sites)
+    sizes = tuple((each.sizes, each.site.strategy) for each in sites)
     return _Explained(graph, work, (peak_activation_bytes(rewritten), alone), bounds, sizes)
 
 
@@ -451,11 +300,23 @@ def _sites(planned: PlannedGraph, launches: Sequence[Launches], parts: int) -> l
         output = each.site.output
         at_site = {value.name for value in (*each.moved, output, *output.users)}
         own = [left.pop(name) for name in list(left) if origins.get(name) in at_site and left[name].op in _EXCHANGES]
-        heads, kv_heads = _heads(planned, each, [one.name for one in own])
-        query, key = (rules.operands(end.node)[end.index] for end in (each.site.query, each.site.key))
+        query, key, value = (
+            rules.operands(end.node)[end.index] for end in (each.site.query, each.site.key, each.site.value)
+        )
         made = output if isinstance(output.meta["val"], Tensor) else next(iter(output.users))
-        moved_key, moved_value = map(rules.bytes, each.moved[1:])
-        sizes = SiteSizes(rules.bytes(query), moved_key, moved_value, rules.bytes(made), heads, kv_heads)
+        unrepeated = [_before_repetition(planned, end) for end in (key, value)]
+        repeated = rules.bytes(key) // max(1, unrepeated[0])
+        heads, key_heads = _heads(planned, each)
+        kv_heads = key_heads // repeated
+        sizes = SiteSizes(
+            query=rules.bytes(query),
+            key=unrepeated[0],
+            value=unrepeated[1],
+            output=rules.bytes(made),
+            heads=heads,
+            kv_heads=kv_heads,
+            repeated=repeated,
+        )
         others = attention_bytes(sizes, parts)
         site = Site(
             module=module_path(output),
@@ -475,44 +336,49 @@ def _sites(planned: PlannedGraph, launches: Sequence[Launches], parts: int) -> l
 _EXCHANGES = ("sp.all_to_all", "sp.all_to_all_kv", "sp.all_gather")
 
 
-def _heads(planned: PlannedGraph, site: SitePlan, launched: Sequence[str]) -> tuple[int, int]:
-    """The heads of the query, and of key and value: those that are exchanged, or could be; 0 if there are none."""
-    assert planned.sharded is not None
-    found: dict[str, int] = {}
-    for node in planned.sharded.graph_module.graph.nodes:
-        if node.name in launched and node.name.startswith(_SCATTERS_HEADS):
-            args: Any = node.args
-            local = node.target is torch.ops.sp.all_to_all_kv.default
-            heads = args[0].meta["val"].shape[args[6]] if local else sum(args[7]) // args[8][0]
-            found[node.name.removeprefix(_SCATTERS_HEADS)[0]] = _hint(heads)
-    if found:
-        query = found.get("q", 0)
-        return query, found.get("k", query)
-    rules, first = planned.rules, site.site.nodes[0]
-    rule, operands = rules.rule(first), rules.operands(first)
-    for end in (site.site.query, site.site.key):
-        passing = rule.borrowable(end.index) if rule is not None and end.node is first else ()
-        shapes = [rules.shape(operands[each.index]) for each in (site.site.query, site.site.key) if each.node is first]
-        dims = [dim for _, dim in passing if dim != end.dim % len(shapes[0]) and rules.hint(shapes[0][dim]) != 1]
-        if dims:
-            query, *key = [rules.hint(shape[dims[-1]]) for shape in shapes]
-            return query, (key or [query])[0]
-    return 0, 0
+def _heads(planned: PlannedGraph, site: SitePlan) -> tuple[int, int]:
+    """The heads of the query and of the key as the site takes it: those shared out, or that could be; 0 for none."""
+    rules, first, end, key = planned.rules, site.site.nodes[0], site.site.query, site.site.key
+    rule, ends = rules.rule(first), (end, key)
+    shapes = [[rules.hint(size) for size in rules.shape(rules.operands(each.node)[each.index])] for each in ends]
+    cuts = [planned.plan.nodes[each.node].operand(each.index) for each in ends]
+    if site.strategy == "ulysses" and not any(isinstance(cut, Replicated) for cut in cuts):
+        query_heads, key_heads = (
+            shape[cut.dim] // (rules.hint(cut.layout.outer) if isinstance(cut, Sharded) else 1)
+            for shape, cut in zip(shapes, cuts, strict=True)
+            if not isinstance(cut, Replicated)
+        )
+        return query_heads, key_heads
+    sequences = {each.dim % len(shape) for each, shape in zip(ends, shapes, strict=True)}
+    passing = [pair for each in ends if rule is not None and each.node is first for pair in rule.borrowable(each.index)]
+    dims = [dim for _, dim in passing if dim not in sequences and all(dim < len(shape) for shape in shapes)]
+    dims = [dim for dim in dims if shapes[0][dim] != 1]
+    return (shapes[0][dims[-1]], shapes[1][dims[-1]]) if dims else (0, 0)
 
 
-_SCATTERS_HEADS = "gather_seq_scatter_heads_"
+def _before_repetition(planned: PlannedGraph, value: fx.Node) -> int:
+    """The bytes of K or V before views and repetitions for every query head, where that is less."""
+    rules = planned.rules
+    least, at = rules.bytes(value), value
+    while (rule := rules.rule(at)) is not None and rule.movement and len(rule.operands) == 1:
+        (at,) = rules.operands(at)
+        least = min(least, rules.bytes(at))
+    return least
 
 
 def _lower_bounds(
     sites: Sequence[_Site], launches: Sequence[Launches], origins: Mapping[str, fx.Node | None], parts: int
 ) -> tuple[int, int]:
     """See `Totals`."""
-    least = [min(each.site.bytes, *(x.bytes for x in each.site.others if x.strategy != "replicate")) for each in sites]
+    least = []
+    for each in sites:
+        possible = attention_bytes(replace(each.sizes, repeated=1), parts)
+        least.append(min(each.site.bytes, possible["ulysses"], possible["all_gather_kv"]))
     forward = sum(least) + sum(each.bytes_forward for each in launches if each.op == "sp.all_reduce")
     backward = sum(size for size, each in zip(least, sites, strict=True) if each.trained)
-    for each in launches:
-        source = origins.get(each.name)
-        if each.op == "sp.replicate" and source is not None and source.op == "placeholder":
+    for launched in launches:
+        source = origins.get(launched.name)
+        if launched.op == "sp.replicate" and source is not None and source.op == "placeholder":
             backward += received(source.meta["val"], True, parts)
     return forward, backward
 
@@ -586,6 +452,7 @@ def _scaling(explained: Sequence[_Explained], sp_size: int) -> list[Scale]:
     sizes = [each for one in explained for each in one.sizes]
     if not sizes:
         return []
-    largest = max(sizes, key=lambda each: each.query + each.key)
+    largest, strategy = max(sizes, key=lambda each: each[0].query + each[0].key)
+    local = {"local": 0} if strategy == "local" else {}
     counts = {1 << power for power in range(1, max(64, sp_size).bit_length())} | {sp_size}
-    return [Scale(parts, {**attention_bytes(largest, parts), "local": 0}) for parts in sorted(counts)]
+    return [Scale(parts, {**attention_bytes(largest, parts), **local}) for parts in sorted(counts)]

@@ -636,5 +636,21 @@ def test_dump_and_rewritten_graphs(tmp_path: Path) -> None:
     names = sorted(path.name.split(".", 1)[1] for path in tmp_path.iterdir())
     passes = ["0_capture", "1_find_attention", "2_propagate", "3_insert_collectives"]
     assert names == [f"{each}.{kind}" for each in passes for kind in ("diff", "txt")]
+    captured, found, planned, rewritten = (path.read_text() for path in sorted(tmp_path.glob("*.diff")))
+    assert "-q = transpose(view, 1, 2)" in captured and "+transpose: f64[1, 4, 7, 4] = aten.transpose" in captured
+    assert "+scaled_dot_product_attention: f64[1, 4, 7, 4] = aten." in found and "  # site 0" in found
+    assert "+linear: f64[1, 7, 16] = aten.linear(x, q_weight, bias=q_bias)  # S(1: 7)" in planned
+    assert "+slice_x: f64[1, 4 of 7, 12] = sp.shard(x, S(1: 7))" in rewritten
     text = str(rewritten_graphs()[-1])
     assert "4 of 7" in text and "gather_seq_scatter_heads_q" in text and "test_passes.py" in text
+
+
+def test_one_line_of_information_a_graph(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "sp_compile"):
+        run_simulated(Block().double(), (tokens(1, 8, 12),), parts=2)
+        run_simulated(nn.Linear(12, 12).double(), (tokens(1, 1, 12),), parts=2)
+    sharded, plain = [each.getMessage() for each in caplog.records if each.levelno == logging.INFO]
+    assert "on 2 ranks: attention sites: 1 ulysses; 5 collectives, " in sharded
+    assert "bytes received per rank, forward; 100.0% of FLOPs sharded; 0 fallbacks; planned in 0." in sharded
+    assert "attention sites: none; 0 collectives, 0 bytes" in plain and "0.0% of FLOPs sharded" in plain
+    assert len(caplog.records) == 2
