@@ -11,9 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed._local_tensor import LocalIntNode, LocalTensor
 
-_FLOOR = 1e-3
-"""A gradient below this share of the largest one is measured by it: what should be 0 is nothing but rounding."""
-
 
 @dataclass(frozen=True)
 class Step:
@@ -125,11 +122,13 @@ def on_rank(value: Any, rank: int) -> Any:
     return value._local_tensors[rank] if isinstance(value, LocalTensor) else value
 
 
-def compare(expected: Step, got: Step, parts: int) -> dict[str, tuple[float, ...]]:
+def compare(expected: Step, got: Step, parts: int, tolerance: float) -> dict[str, tuple[float, ...]]:
     """The error of each value on each rank, as in `relative_error`; infinite for one that only one of the two has.
 
-    The scale of a gradient is its largest value, and never below a thousandth of that of the largest gradient.
+    The scale of a gradient is its largest value, and never below a thousandth of that of the largest gradient, or 20
+    times the tolerance of it: what should be 0 is nothing but rounding.
     """
+    floor = min(max(1e-3, 20 * tolerance), 1.0)
     gradients = [v for n, v in expected.values.items() if n.startswith("grad ") and isinstance(v, Tensor)]
     largest = max((scale_of(each) for each in gradients), default=0.0)
     errors: dict[str, tuple[float, ...]] = {}
@@ -137,8 +136,8 @@ def compare(expected: Step, got: Step, parts: int) -> dict[str, tuple[float, ...
         if name not in expected.values or name not in got.values:
             errors[name] = (float("inf"),) * parts
             continue
-        value, floor = expected.values[name], _FLOOR * largest if name.startswith("grad ") else 0.0
-        errors[name] = tuple(relative_error(value, on_rank(got.values[name], rank), floor) for rank in range(parts))
+        value, least = expected.values[name], floor * largest if name.startswith("grad ") else 0.0
+        errors[name] = tuple(relative_error(value, on_rank(got.values[name], rank), least) for rank in range(parts))
     return errors
 
 

@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .backend import sp_backend
-from .comparison import Program, Step, compare, copied, is_rounding, named_leaves, nudged, states, step
+from .comparison import Program, Step, compare, copied, is_rounding, nudged, states, step
 from .config import SequenceParallelConfig
 from .debug import RewrittenGraph, UnshardedGraph, rewritten_graphs, unsharded_graphs
 from .divergence import Divergence, Recorder, first_divergence
@@ -123,7 +125,7 @@ def verify(
         sp_size: P, the number of simulated ranks.
         options: as of `torch.compile(model, backend="sp_compile", options=options)`. `group`, `inner_backend` and
             `rng` are replaced: P ranks, the bare graph, and the random numbers of one device.
-        tolerance: the largest relative error; the default is that of the coarsest dtype of parameters and inputs:
+        tolerance: the largest relative error; the default is that of the coarsest dtype that the model computes in:
             1e-9 for float64, 1e-4 for float32, 1e-2 for float16, 5e-2 for bfloat16.
         dynamic: as of `torch.compile`.
 
@@ -135,8 +137,10 @@ def verify(
     settings = _settings(sp_size, options)
     model = getattr(model, "_orig_mod", model)
     program: Program = (model, args, kwargs)
-    tolerance = _default_tolerance(program) if tolerance is None else tolerance
-    expected = run_alone(program)
+    with _Dtypes() as dtypes:
+        expected = run_alone(program)
+    if tolerance is None:
+        tolerance = max([_TOLERANCES[each] for each in dtypes.made if each in _TOLERANCES], default=1e-4)
     try:
         with run_simulated(program, sp_size, settings, dynamic, expected.written) as ran:
             pass
@@ -149,7 +153,7 @@ def verify(
     verification = Verification(
         sp_size,
         tolerance,
-        compare(expected, ran.step, sp_size),
+        compare(expected, ran.step, sp_size, tolerance),
         tuple(graph.name for graph in ran.graphs),
         tuple(graph.reason for graph in ran.unsharded),
         sum(len(graph.collectives) for graph in ran.graphs),
@@ -164,7 +168,7 @@ def verify(
 
 def _check_steady(verification: Verification, program: Program, expected: Step) -> None:
     """Raise if one device differs from itself."""
-    again = compare(expected, run_alone(program), 1)
+    again = compare(expected, run_alone(program), 1, verification.tolerance)
     unsteady = [name for name, (error,) in again.items() if not error <= verification.tolerance]
     if unsteady:
         raise VerificationError(
@@ -176,7 +180,7 @@ def _check_steady(verification: Verification, program: Program, expected: Step) 
 
 def _rounding(verification: Verification, program: Program, expected: Step) -> tuple[str, ...]:
     """What differs no more than one device does when its inputs change in their last bits."""
-    nudges = [compare(expected, run_alone(program, pattern), 1) for pattern in range(2)]
+    nudges = [compare(expected, run_alone(program, pattern), 1, verification.tolerance) for pattern in range(2)]
     errors = verification.errors
     near = [name for name in errors if is_rounding(errors[name], [each[name][0] for each in nudges if name in each])]
     return tuple(name for name in verification.wrong if name in near)
@@ -214,12 +218,24 @@ def _settings(sp_size: int, options: Mapping[str, object] | None) -> dict[str, o
     return {**given, "rng": "exact", "inner_backend": "eager"}
 
 
-def _default_tolerance(program: Program) -> float:
-    model, args, kwargs = program
-    leaves = [leaf for _, leaf in named_leaves((args, kwargs), "")]
-    leaves += model.parameters() if isinstance(model, nn.Module) else []
-    dtypes = {leaf.dtype for leaf in leaves if isinstance(leaf, Tensor)}
-    return max([_TOLERANCES[dtype] for dtype in dtypes if dtype in _TOLERANCES], default=_TOLERANCES[torch.float32])
+class _Dtypes(TorchDispatchMode):
+    """Notes the dtypes of all results, those of autocast included."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """So that what the model compiles by itself is compiled."""
+        return True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.made: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.made.update(each.dtype for each in pytree.tree_leaves(result) if isinstance(each, Tensor))
+        return result
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from sp_compile.verify import run_simulated as simulated
 __all__ = ["Step", "assert_equivalent", "collectives", "differences", "run_simulated", "step"]
 
 
-def differences(expected: Step, got: Step, parts: int) -> dict[str, float]:
+def differences(expected: Step, got: Step, parts: int, tolerance: float = 1e-9) -> dict[str, float]:
     """The largest error of each value over all ranks."""
-    return {name: max(errors) for name, errors in compare(expected, got, parts).items()}
+    return {name: max(errors) for name, errors in compare(expected, got, parts, tolerance).items()}
 
 
 def run_simulated(
@@ -49,7 +49,7 @@ def assert_equivalent(
     settings = {"inner_backend": "eager", **(options or {})}
     expected = run_alone(program)
     with simulated(program, parts, settings, dynamic, expected.written) as ran:
-        errors = differences(expected, ran.step, parts)
+        errors = differences(expected, ran.step, parts, tolerance)
     wrong = {name: error for name, error in errors.items() if not error <= tolerance}
     if wrong:
         found, _ = first_divergence_of(program, parts, settings, dynamic, expected.written, tolerance)

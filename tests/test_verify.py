@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed._local_tensor import LocalTensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from sp_compile import Verification, VerificationError, verify
 from sp_compile.__main__ import main
@@ -96,6 +97,15 @@ def test_functions_and_compiled_models() -> None:
     assert verify(torch.compile(Parts(Parts.block), backend="eager"), tokens(), sp_size=2).collectives
 
 
+def test_flex_attention() -> None:
+    def body(m: Parts, x: Tensor) -> Tensor:
+        q, k, v = (m.split(each(x)) for each in (m.q, m.k, m.v))
+        return m.o(m.join(flex_attention(q, k, v, lambda score, b, h, i, j: score + m.bias[h] * (i - j))))
+
+    model = Parts(body).requires_grad_(False)  # on the CPU it has no backward
+    assert not verify(model, tokens().detach(), sp_size=2).wrong
+
+
 def test_an_input_with_a_history_and_one_that_is_given_twice() -> None:
     def body(m: Parts, x: Tensor, y: Tensor, more: dict[str, Tensor]) -> Tensor:
         return m.block(x) + y * more["scale"]
@@ -108,6 +118,8 @@ def test_an_input_with_a_history_and_one_that_is_given_twice() -> None:
 def test_a_half_precision_model_is_compared_coarsely() -> None:
     x = torch.randn(X, dtype=torch.bfloat16)
     assert verify(Parts(Parts.block).bfloat16(), x, sp_size=2).tolerance == 5e-2
+    with torch.autocast("cpu", torch.bfloat16):
+        assert verify(Parts(Parts.block).float(), x.float(), sp_size=2).tolerance == 5e-2
     with pytest.raises(VerificationError, match="tolerance 1e-08"):
         verify(Parts(Parts.block).bfloat16(), x, sp_size=2, tolerance=1e-8)
 
@@ -310,7 +322,7 @@ def test_an_input_that_is_written_to_is_each_ranks_own() -> None:
         model, _, _ = copied((Parts(body), (), {}), {"buffer count"}, 2)
         model.count.copy_(LocalTensor({0: torch.ones(()), 1: torch.zeros(())}))
     got, expected = Step({"buffer count": model.count}), Step({"buffer count": torch.zeros((), dtype=torch.float64)})
-    first, last = compare(expected, got, 2)["buffer count"]
+    first, last = compare(expected, got, 2, 1e-9)["buffer count"]
     assert first > 1 and last == 0, "the last rank does not speak for the others"
 
 
@@ -353,12 +365,12 @@ def test_relative_error(expected: Any, got: Any, error: float) -> None:
 def test_a_small_gradient_counts_by_itself_and_rounding_noise_does_not() -> None:
     gradients = {"grad a": torch.tensor([1.0]), "grad b": torch.tensor([0.01]), "grad c": torch.tensor([1e-17])}
     got = {"grad a": torch.tensor([1.0]), "grad b": torch.tensor([0.02]), "grad c": torch.tensor([-1e-17])}
-    errors = compare(Step(gradients), Step(got), 1)
+    errors = compare(Step(gradients), Step(got), 1, 1e-9)
     assert errors["grad a"] == (0.0,) and errors["grad b"][0] > 0.9 and errors["grad c"][0] < 1e-10
 
 
 def test_outputs_that_only_one_of_the_two_has() -> None:
-    assert compare(Step({"output 0": None}), Step({"output 0": None, "output 1": 3}), 2) == {
+    assert compare(Step({"output 0": None}), Step({"output 0": None, "output 1": 3}), 2, 1e-9) == {
         "output 0": (0.0, 0.0),
         "output 1": (float("inf"), float("inf")),
     }
