@@ -64,6 +64,9 @@ class ShardedGraph:
     """Which captured node each node stands for, or was made for, by name."""
     outputs: tuple[Placement, ...]
     """How each output leaves the graph: Replicated unless shards were asked for."""
+    values: tuple[tuple[str, str, Placement], ...]
+    """(node, captured node whose value it holds, in which placement), by name: where an op made it, and wherever it was
+    brought to; in the order of the graph."""
 
 
 def insert_collectives(
@@ -114,11 +117,21 @@ class _Writer:
             if not graph.users:
                 self.graph.erase_node(graph)
         self.graph.lint()
+        values = self._values()
         root = copy.copy(self.graph_module) if self.modules else self.graph_module
         for name, each in self.modules.items():
             root.add_module(name, each)
         module = fx.GraphModule(root, self.graph)
-        return ShardedGraph(module, self.origins, placements)
+        return ShardedGraph(module, self.origins, placements, values)
+
+    def _values(self) -> tuple[tuple[str, str, Placement], ...]:
+        held = {(new, value): self._made(value) for value, new in self.written.items() if is_tensor(value)}
+        for (value, target, _), new in self.converted.items():
+            held.setdefault((new, value), REPLICATED if isinstance(target, str) else target)
+        order = {node: at for at, node in enumerate(self.graph.nodes)}
+        found = [each for each in held if each[0] in order]
+        found.sort(key=lambda each: (order[each[0]], self.rules.position(each[1])))
+        return tuple((new.name, value.name, held[new, value]) for new, value in found)
 
     # Nodes
 
@@ -209,7 +222,9 @@ class _Writer:
             elif output in shared:
                 outputs.append(self._view_again(output))
             elif self.gather_outputs:
-                outputs.append(self._gather_output(output, f"gather_output_{index}"))
+                whole = self._gather_output(output, f"gather_output_{index}")
+                self.converted.setdefault((output, "output", index), whole)
+                outputs.append(whole)
             else:
                 placement = self.plan.placement(output)
                 outputs.append(self.convert(output, placement))

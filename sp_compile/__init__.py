@@ -10,7 +10,15 @@ model = torch.compile(model, backend=sp_backend)
 from .backend import sp_backend
 from .config import SequenceParallelConfig
 from .debug import RewrittenGraph, rewritten_graphs
-from .errors import CaptureError, ConfigurationError, DataError, FallbackError, RuleError, SequenceParallelError
+from .errors import (
+    CaptureError,
+    ConfigurationError,
+    DataError,
+    FallbackError,
+    RuleError,
+    SequenceParallelError,
+    VerificationError,
+)
 from .explain import explain
 from .group import (
     destroy_sequence_parallel,
@@ -26,6 +34,7 @@ from .links import Links, measure_links
 from .region import replicated_region
 from .report import Report
 from .rules import register_sharding_rule
+from .verify import Verification, verify
 
 __all__ = [
     "CaptureError",
@@ -38,6 +47,8 @@ __all__ = [
     "RuleError",
     "SequenceParallelConfig",
     "SequenceParallelError",
+    "Verification",
+    "VerificationError",
     "destroy_sequence_parallel",
     "explain",
     "get_data_parallel_group",
@@ -52,4 +63,5 @@ __all__ = [
     "replicated_region",
     "rewritten_graphs",
     "sp_backend",
+    "verify",
 ]

@@ -49,6 +49,11 @@ class RewrittenGraph:
     stages: tuple[tuple[str, str], ...]
     """(pass, the graph after it as text), in order."""
 
+    rules: GraphRules
+    """The rules of the captured graph."""
+    sharded: ShardedGraph
+    """What the last pass gave: which captured value each rewritten node holds."""
+
     def __str__(self) -> str:
         return self.stages[-1][1]
 
@@ -128,7 +133,7 @@ def record(
             (folder / f"{name}.{number}_{stage}.txt").write_text(text + "\n")
             (folder / f"{name}.{number}_{stage}.diff").write_text("\n".join(difference) + "\n")
     moved = collectives(sharded.graph_module.graph, plan.parts)
-    graph = RewrittenGraph(name, captured, sharded.graph_module, plan, moved, stages)
+    graph = RewrittenGraph(name, captured, sharded.graph_module, plan, moved, stages, rules, sharded)
     _rewritten.append(graph)
     return graph
 

@@ -31,6 +31,19 @@ class FallbackError(SequenceParallelError):
     """With `strict=True`: something ran on gathered values that could not be sharded."""
 
 
+class VerificationError(SequenceParallelError):
+    """P ranks do not give what one device gives; see `verify`.
+
+    `verification` has the errors of all tensors (None: the ranks could not run), `divergence` the first node that
+    differs (None: no node of a rewritten graph does).
+    """
+
+    def __init__(self, text: str, verification: object = None, divergence: object = None) -> None:
+        super().__init__(text)
+        self.verification = verification
+        self.divergence = divergence
+
+
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)\n\s*(?P<code>.*)')
 _TORCH = str(Path(torch.__file__).parent)
 

@@ -251,6 +251,21 @@ class OpShardingRule:
     otherwise: OpShardingRule | None = None
     """Another reading of the op, that is followed where this one cannot be."""
 
+    def __str__(self) -> str:
+        def text(dims: tuple[Dim, ...]) -> str:
+            words: list[str] = []
+            for dim in dims:
+                names = [f"{each}!" if each in self.need_replication else each for each in factors_of(dim)]
+                if isinstance(dim, Joined):
+                    words.append(f"[{' | '.join(names)}]")
+                else:
+                    words.append(names[0] if len(names) == 1 else f"({' '.join(names)})" if names else "1")
+            return " ".join(words)
+
+        signs = ["+" * (at in self.additive) + "~" * (at in self.metadata) for at in range(len(self.operands))]
+        left = ", ".join(sign + text(dims) for sign, dims in zip(signs, self.operands, strict=True))
+        return f"{left} -> {', '.join(map(text, self.results))}"
+
     def follow(self, operand: int, placements: Sequence[Placement]) -> OpSharding | None:
         """The op on the shards that operand `operand` comes in, or None if it cannot run so."""
         preferred = self.rather.follow(operand, placements) if self.rather else None

@@ -125,6 +125,18 @@ class Layout:
         blocks = [block_size(segment.span, segment.granule, parts) for segment in self.segments]
         return product([self.outer, size_of(sympy.Add(*blocks))])
 
+    def real_rows(self, rank: int, parts: int) -> list[tuple[int, int]]:
+        """(local, global) index of each row of `rank` that is no padding; the sizes have to be ints."""
+        rows, sizes = [], [(int(s.size), int(s.before), int(s.span), int(s.granule)) for s in self.segments]
+        blocks = [block_rows(span, granule, parts) for _, _, span, granule in sizes]
+        for outer in range(int(self.outer)):
+            here, there = outer * sum(blocks), outer * sum(size for size, *_ in sizes)
+            for (size, before, _, _), block in zip(sizes, blocks, strict=True):
+                at = [(row, rank * block + row - before) for row in range(block)]
+                rows += [(here + low, there + high) for low, high in at if 0 <= high < size]
+                here, there = here + block, there + size
+        return rows
+
     def scaled(self, left: Size, right: Size) -> Layout:
         """The layout of `(left this right)`, this being one factor of a larger dimension."""
         segments = (Segment(*(product([x, right]) for x in _fields(s))) for s in self.segments)

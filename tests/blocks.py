@@ -35,9 +35,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sp_compile import rewritten_graphs, sp_backend
 from sp_compile.functional import gather_heads_scatter_seq, gather_outputs, gather_seq_scatter_heads_qkv, slice_inputs
 from sp_compile.sharding import block_rows
+from sp_compile.simulation import simulate
 
 from .equivalence import Step, differences, step
-from .simulation import simulate
 
 TEXT, IMAGE, HEAD, DEPTH = 13, 140, 8, 2
 CASES = ((4, 2), (4, 4), (6, 4))

@@ -27,10 +27,10 @@ from sp_compile import (
     rewritten_graphs,
     sp_backend,
 )
+from sp_compile.simulation import fake_world
 
 from .equivalence import assert_equivalent, collectives, differences, run_simulated, step
 from .models import MODELS, gpt2, inputs_of, llama
-from .simulation import fake_world
 from .test_passes import Block
 
 LAYER = ["gather_seq_scatter_heads_q", "gather_seq_scatter_heads_k", "gather_seq_scatter_heads_v"]

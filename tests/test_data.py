@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from sp_compile import group as sp
 from sp_compile.data import SPDistForward, check_same_inputs, sp_sampler, sync_data, sync_inputs
 from sp_compile.errors import ConfigurationError
-from tests.simulation import fake_world
+from sp_compile.simulation import fake_world
 
 
 def check_pass_through() -> None:

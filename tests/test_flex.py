@@ -15,11 +15,11 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_bloc
 from torch.utils.checkpoint import checkpoint
 
 from sp_compile import FallbackError, rewritten_graphs, sp_backend
+from sp_compile.simulation import simulate
 
 from .equivalence import assert_equivalent, collectives, differences, run_simulated, step
 from .gloo_pool import GlooPool
 from .programs import Parts, moved
-from .simulation import simulate
 
 ULYSSES = {"all_to_all": 4, "gather_output": 1}
 LAYER = [f"gather_seq_scatter_heads_{name}" for name in "qkv"] + ["gather_heads_scatter_seq"]

@@ -18,7 +18,7 @@ from sp_compile import functional as F
 from sp_compile import ops
 from sp_compile.errors import SequenceParallelError
 from sp_compile.group import get_sequence_parallel_group, init_sequence_parallel
-from tests.simulation import fake_world, simulate
+from sp_compile.simulation import fake_world, simulate
 from tests.test_blocks import Blocks
 from tests.test_ops import Case, assert_same
 

@@ -12,8 +12,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sp_compile import group as sp
 from sp_compile.errors import ConfigurationError
+from sp_compile.simulation import fake_world, simulate
 from tests.gloo_pool import GlooPool, RankFailure, RankTimeout
-from tests.simulation import fake_world, simulate
 
 
 def ranks_of(group: dist.ProcessGroup | None) -> list[int]:

@@ -15,7 +15,7 @@ LAYERS = (
     {"rules", "graph", "plan", "homes", "cost", "traffic", "links", "functional", "data"},
     {"passes"},
     {"debug", "guard", "backend"},
-    {"page", "report", "explain", "verify"},
+    {"page", "report", "explain", "simulation", "comparison", "divergence", "verify", "doctor"},
     {"__main__"},
 )
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}

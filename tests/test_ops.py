@@ -20,7 +20,7 @@ from torch.library import opcheck
 from sp_compile import ops
 from sp_compile.errors import SequenceParallelError
 from sp_compile.group import get_sequence_parallel_group
-from tests.simulation import fake_world, simulate
+from sp_compile.simulation import fake_world, simulate
 from tests.test_blocks import Blocks
 
 sp = torch.ops.sp

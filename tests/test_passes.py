@@ -18,8 +18,7 @@ from sp_compile.passes import find_attention, find_mixers, insert_collectives, p
 from sp_compile.plan import ShardingPlan
 from sp_compile.rules import stays_whole
 from sp_compile.sharding import REPLICATED, Sharded, whole_layout
-
-from .simulation import fake_world
+from sp_compile.simulation import fake_world
 
 B, H, S, D = 2, 3, 7, 4
 

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sp_compile import rewritten_graphs, sp_backend
+from sp_compile.simulation import simulate
 
 from .equivalence import assert_equivalent, differences, step
 from .programs import PROGRAMS, Parts, Program, moved
-from .simulation import simulate
 
 
 @pytest.mark.parametrize("case", PROGRAMS, ids=lambda case: case.name)

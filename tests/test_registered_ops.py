@@ -21,10 +21,10 @@ from sp_compile import FallbackError, init_sequence_parallel, register_sharding_
 from sp_compile.errors import RuleError
 from sp_compile.rule import OpCall, own_dimension
 from sp_compile.rules import rule_for
+from sp_compile.simulation import fake_world
 
 from .equivalence import assert_equivalent, collectives, run_simulated
 from .programs import Parts, moved
-from .simulation import fake_world
 
 ULYSSES = {"all_to_all": 4, "gather_output": 1}
 LAYER = [f"gather_seq_scatter_heads_{name}" for name in "qkv"] + ["gather_heads_scatter_seq"]

@@ -13,6 +13,7 @@ from torch._ops import OpOverload
 from sp_compile.rule import OpShardingRule
 from sp_compile.rules.registry import _RULES, _WHOLE, has_rule
 from sp_compile.sharding import REPLICATED, Layout, Segment, Sharded
+from sp_compile.simulation import simulate
 
 from .rules import CASES
 from .rules.brute_force import (
@@ -32,7 +33,6 @@ from .rules.brute_force import (
     run_local,
     shardings,
 )
-from .simulation import simulate
 
 # Nothing to compare: the result is not initialised.
 UNCHECKED = {aten.empty_like.default, aten.new_empty.default}

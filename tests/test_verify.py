@@ -1,0 +1,411 @@
+"""`verify`: what it says of right models, of wrong rules, and of models that make it hard."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed._local_tensor import LocalTensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from sp_compile import Verification, VerificationError, verify
+from sp_compile.__main__ import main
+from sp_compile.comparison import Step, compare, copied, relative_error
+from sp_compile.divergence import Divergence
+from sp_compile.errors import ConfigurationError, FallbackError
+from sp_compile.simulation import fake_world, simulate
+from sp_compile.verify import first_divergence_of, run_alone
+
+from .mutants import MUTANTS, with_bodies
+from .programs import PROGRAMS, Parts, Program
+
+Body = Callable[..., Any]
+X = (1, 7, 12)
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randn(shape or X, dtype=torch.float64, requires_grad=True)
+
+
+# Right models
+
+
+class Stateful(nn.Module):
+    """Attention, dropout, batch norm, a counter that counts calls, and outputs of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Parts(Parts.block)
+        self.norm = nn.BatchNorm1d(12)
+        self.calls: Tensor
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.double()
+
+    def forward(self, x: Tensor, *, scale: float) -> dict[str, Any]:
+        self.calls += 1
+        y = F.dropout(self.attention(F.dropout(x, 0.2, self.training)), 0.2, self.training) * scale
+        y = self.norm(y.mT).mT
+        return {"y": y, "best": y.argmax(-1), "nothing": None, "length": x.shape[1], "deep": [(y.sum(1), "text")]}
+
+
+def test_a_model_with_states_is_verified_and_left_as_it_was() -> None:
+    model, x = Stateful(), tokens()
+    model(x, scale=1.0)["y"].square().sum().backward()
+    before, gradients = copy.deepcopy(model.state_dict()), [copy.deepcopy(p.grad) for p in model.parameters()]
+    given, random = x.detach().clone(), torch.get_rng_state()
+    verification = verify(model, x, sp_size=3, scale=2.0)
+    assert not verification.wrong and len(verification.graphs) == 1 and verification.collectives
+    named = ["output y", "output best", "output nothing", "output length", "output deep 0 0", "output deep 0 1"]
+    named += ["grad input 0", "grad norm.weight", "buffer norm.running_var", "buffer calls"]
+    assert set(named) <= verification.errors.keys()
+    assert all(len(errors) == 3 for errors in verification.errors.values())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert (parameter.grad is gradient is None) or torch.equal(parameter.grad, gradient)
+    assert torch.equal(x, given) and torch.equal(torch.get_rng_state(), random) and model.training
+    assert x.grad is not None
+
+
+def test_a_verification_prints_and_is_plain_data() -> None:
+    verification = verify(Parts(Parts.block), tokens(), sp_size=2)
+    text, data = str(verification), json.loads(json.dumps(verification.to_dict()))
+    assert "2 ranks against one device: all values agree (tolerance 1e-09)" in text
+    assert "rank 1" in text and "deadlocks" in text and "transport" in text and "no inner backend" in text
+    assert data["passed"] and data["errors"]["grad q.weight"][1] < 1e-9 and len(data["unseen"]) == 4
+
+
+def test_that_nothing_was_sharded_is_said() -> None:
+    verification = verify(nn.Linear(12, 12), torch.randn(X), sp_size=2)
+    assert "proves nothing" in str(verification) and verification.unsharded == ("nothing to shard",)
+    assert verification.tolerance == 1e-4
+
+
+def test_functions_and_compiled_models() -> None:
+    def attend(q: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, q, q)
+
+    q = torch.randn(1, 3, 7, 4, dtype=torch.float64, requires_grad=True)
+    assert {"output 0", "grad input 0"} == set(verify(attend, q, sp_size=2).errors)
+    assert verify(torch.compile(Parts(Parts.block), backend="eager"), tokens(), sp_size=2).collectives
+
+
+def test_flex_attention() -> None:
+    def body(m: Parts, x: Tensor) -> Tensor:
+        q, k, v = (m.split(each(x)) for each in (m.q, m.k, m.v))
+        return m.o(m.join(flex_attention(q, k, v, lambda score, b, h, i, j: score + m.bias[h] * (i - j))))
+
+    model = Parts(body).requires_grad_(False)  # on the CPU it has no backward
+    assert not verify(model, tokens().detach(), sp_size=2).wrong
+
+
+def test_an_input_with_a_history_and_one_that_is_given_twice() -> None:
+    def body(m: Parts, x: Tensor, y: Tensor, more: dict[str, Tensor]) -> Tensor:
+        return m.block(x) + y * more["scale"]
+
+    x = tokens() * 2
+    verification = verify(Parts(body), x, x, {"scale": tokens()}, sp_size=2)
+    assert "grad input 2 scale" in verification.errors
+
+
+def test_a_half_precision_model_is_compared_coarsely() -> None:
+    x = torch.randn(X, dtype=torch.bfloat16)
+    assert verify(Parts(Parts.block).bfloat16(), x, sp_size=2).tolerance == 5e-2
+    with torch.autocast("cpu", torch.bfloat16):
+        assert verify(Parts(Parts.block).float(), x.float(), sp_size=2).tolerance == 5e-2
+    with pytest.raises(VerificationError, match="tolerance 1e-08"):
+        verify(Parts(Parts.block).bfloat16(), x, sp_size=2, tolerance=1e-8)
+
+
+def test_a_sum_that_cancels_out_is_no_error() -> None:
+    def body(m: Parts, x: Tensor) -> Any:
+        y = m.block(x)
+        return (y - y.mean(1, keepdim=True)).mean(1), y
+
+    verification = verify(Parts(body), tokens(), sp_size=3)
+    assert verification.rounding == ("output 0",) and max(verification.errors["output 0"]) > 1e-9
+    assert "As far apart by rounding alone: output 0." in str(verification)
+
+
+def test_a_graph_that_breaks_and_one_that_runs_twice() -> None:
+    def body(m: Parts, x: Tensor) -> Tensor:
+        x = m.block(x)
+        torch._dynamo.graph_break()
+        return m.block(m.block(x)[:, :5])
+
+    twice = verify(nn.Sequential(*[Parts(Parts.block)] * 2), tokens(), sp_size=2)
+    assert not twice.wrong
+    assert len(verify(Parts(body), tokens(), sp_size=2).graphs) == 2
+
+
+# Wrong rules
+
+
+def attention_by_hand(m: Parts, x: Tensor) -> Tensor:
+    q, k, v = (m.split(each(x)) for each in (m.q, m.k, m.v))
+    return m.o(m.join((q @ k.mT / 2).softmax(-1) @ v))
+
+
+def mean_of_tokens(m: Parts, x: Tensor) -> Tensor:
+    return m.head(m.block(x).mean(1))
+
+
+def contraction(m: Parts, x: Tensor) -> Tensor:
+    y = m.block(x)
+    return y.mT @ y
+
+
+def cross_entropy(m: Parts, x: Tensor) -> dict[str, Tensor]:
+    return {"loss": F.cross_entropy(m.head(m.block(x)).flatten(0, 1), torch.arange(x.shape[1]) % 17)}
+
+
+WRONG: dict[str, tuple[Body, str, str, str, str]] = {
+    "softmax of local rows": (attention_by_hand, "forward", "softmax", "aten.softmax", "q @ k.mT"),
+    "mean: divided by a count that has the padding": (mean_of_tokens, "forward", "mean", "aten.mean", ".mean(1)"),
+    "matmul, bmm: a contraction not summed over ranks": (contraction, "forward", "matmul", "aten.matmul", "y.mT @ y"),
+    "cross_entropy: padded rows have class 0": (
+        cross_entropy, "forward", "cross_entropy_loss", "aten.cross_entropy_loss", "F.cross_entropy",
+    ),
+    "padded rows not zeroed in the backward of an all-to-all": (
+        Parts.block, "backward", "gather_heads_scatter_seq", "sp.all_to_all", "scaled_dot_product_attention",
+    ),
+    "a rank's block off by one granule": (Parts.block, "forward", "slice_args_0", "sp.shard", "self.norm(x)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_planted_wrong_is_caught_and_its_node_is_named(name: str) -> None:
+    body, direction, node, op, line = WRONG[name]
+    with MUTANTS[name](), pytest.raises(VerificationError) as raised:
+        verify(Parts(body), tokens(), sp_size=2)
+    found = raised.value.divergence
+    assert isinstance(found, Divergence)
+    assert (found.direction, found.node, found.op) == (direction, node, op)
+    assert line in found.line
+    assert str(found) in str(raised.value) and found.rule in str(found)
+
+
+def bias_on_every_rank() -> AbstractContextManager[None]:
+    """`addmm` whose sum over ranks has the bias P times."""
+
+    def change(body: Any) -> Any:
+        def run(local: Any) -> Any:
+            factors = [local.mask_padding(local.operand(at), local.operands[at], 0) for at in (1, 2)]
+            return local.all_reduce(local.emit(torch.ops.aten.addmm.default, local.operand(0), *factors))
+
+        return run
+
+    return with_bodies(torch.ops.aten.addmm.default, change)
+
+
+@pytest.mark.parametrize(
+    ("plant", "program", "direction", "op", "line"),
+    [
+        (bias_on_every_rank, "weights_of_padded_rows", "forward", "aten.addmm", "torch.addmm"),
+        ("the gradient of an additive operand summed over ranks", "weights_of_padded_rows", "backward", "", "torch."),
+        ("view: inner and outer factor swapped", "sequence_first_flat", "forward", "aten.reshape", "y.view(S, B, C)"),
+        ("sdpa: queries see the keys of their rank alone", "plain", "forward", "aten.scaled_dot_product_attention", ""),
+        ("no replicate backward", "plain", "backward", "sp.replicate", ""),
+        ("padded rows not zeroed in the backward of an all-gather", "plain", "backward", "sp.all_gather", ""),
+    ],
+)
+def test_a_planted_wrong_in_a_program_is_named(
+    plant: str | Callable[[], AbstractContextManager[None]], program: str, direction: str, op: str, line: str
+) -> None:
+    case, inputs = program_of(program)
+    with MUTANTS[plant]() if isinstance(plant, str) else plant(), pytest.raises(VerificationError) as raised:
+        verify(case.module(), *inputs, sp_size=case.parts)
+    found = raised.value.divergence
+    assert isinstance(found, Divergence)
+    assert found.direction == direction and found.op.startswith(op) and line in found.line, found
+
+
+def program_of(name: str) -> tuple[Program, tuple[Tensor, ...]]:
+    (case,) = (each for each in PROGRAMS if each.name == name)
+    return case, tuple(tokens(*each) if isinstance(each, tuple) else each() for each in case.arguments)
+
+
+def test_of_several_graphs_the_one_that_is_wrong_is_named() -> None:
+    def body(m: Parts, x: Tensor) -> dict[str, Tensor]:
+        y = m.block(x)
+        torch._dynamo.graph_break()
+        return cross_entropy(m, y)
+
+    with MUTANTS["cross_entropy: padded rows have class 0"](), pytest.raises(VerificationError) as raised:
+        verify(Parts(body), tokens(), sp_size=2)
+    found, verification = raised.value.divergence, raised.value.verification
+    assert isinstance(found, Divergence) and isinstance(verification, Verification)
+    assert found.graph == verification.graphs[1] and found.node == "cross_entropy_loss"
+
+
+def test_a_wrong_gradient_is_found_in_front_of_a_right_graph() -> None:
+    def body(m: Parts, x: Tensor) -> Tensor:
+        y = m.block(x)
+        torch._dynamo.graph_break()
+        return y + m.o(y.cumsum(1))
+
+    with (
+        MUTANTS["padded rows not zeroed in the backward of an all-to-all"](),
+        pytest.raises(VerificationError) as raised,
+    ):
+        verify(Parts(body), tokens(), sp_size=2)
+    found, verification = raised.value.divergence, raised.value.verification
+    assert isinstance(found, Divergence) and isinstance(verification, Verification)
+    assert verification.unsharded == ("nothing to shard",) and (found.graph,) == verification.graphs
+    assert (found.direction, found.node) == ("backward", "gather_heads_scatter_seq")
+
+
+@pytest.mark.parametrize("name", ["plain", "gqa_6_heads_2_groups", "weight_first_used_without_gradient", "swin"])
+def test_no_node_of_a_right_program_is_named(name: str) -> None:
+    case, inputs = program_of(name)
+    program, options = (case.module(), inputs, {}), {"inner_backend": "eager", "rng": "exact"}
+    written = run_alone(program).written
+    found, graphs = first_divergence_of(program, case.parts, options, case.dynamic, written, 1e-9)
+    assert found is None and graphs
+
+
+# Hard models
+
+
+def test_a_model_that_is_not_deterministic_is_not_blamed_on_the_ranks() -> None:
+    seeds = itertools.count()
+
+    def unsteady(x: Tensor) -> Tensor:
+        noise = torch.rand((), generator=torch.Generator().manual_seed(next(seeds)), dtype=x.dtype)
+        return F.scaled_dot_product_attention(x, x, x) + noise
+
+    with pytest.raises(VerificationError, match="does not give the same twice: output 0"):
+        verify(unsteady, tokens(1, 3, 7, 4), sp_size=2)
+
+
+def test_what_is_wrong_outside_of_the_graphs_is_said_to_be() -> None:
+    def body(m: Parts, x: Tensor) -> Tensor:
+        return m.block(x) * (2 if torch.compiler.is_compiling() else 1)
+
+    with pytest.raises(VerificationError, match="look at capture, and outside the graphs") as raised:
+        verify(Parts(body), tokens(), sp_size=2)
+    assert raised.value.divergence is None
+
+
+def test_a_model_that_raises() -> None:
+    def always(x: Tensor) -> Tensor:
+        raise ValueError("no such model")
+
+    def of_ids(m: Parts, ids: Tensor) -> Tensor:
+        return m.block(m.table(ids))
+
+    with pytest.raises(ValueError, match="no such model"):
+        verify(always, tokens())
+    on_ranks = pytest.raises(VerificationError, match=r"(?s)on 2 ranks it raises SequenceParallelError.*%slice_")
+    with MUTANTS["embedding: dimensions of the ids in reverse"](), on_ranks:
+        verify(Parts(of_ids), torch.arange(7)[None], sp_size=2)
+    with pytest.raises(FallbackError, match="runs on gathered values"):
+        verify(Parts(lambda m, x: m.block(x).svd().S), tokens(), sp_size=2, options={"strict": True})
+
+
+def test_an_input_that_is_written_to_is_each_ranks_own() -> None:
+    def body(m: Parts, x: Tensor) -> Tensor:
+        x.mul_(2)
+        m.count.add_(1)
+        return m.block(x)
+
+    verification = verify(Parts(body), tokens().detach(), sp_size=3)
+    assert len(verification.errors["input 0 afterwards"]) == 3 and not verification.wrong
+    with simulate(2):
+        model, _, _ = copied((Parts(body), (), {}), {"buffer count"}, 2)
+        model.count.copy_(LocalTensor({0: torch.ones(()), 1: torch.zeros(())}))
+    got, expected = Step({"buffer count": model.count}), Step({"buffer count": torch.zeros((), dtype=torch.float64)})
+    first, last = compare(expected, got, 2, 1e-9)["buffer count"]
+    assert first > 1 and last == 0, "the last rank does not speak for the others"
+
+
+def test_what_cannot_be_verified_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="leave out the option 'outputs'"):
+        verify(Parts(Parts.block), tokens(), options={"outputs": "shard"})
+    with pytest.raises(ConfigurationError, match="unknown option 'attentoin'; did you mean 'attention'"):
+        verify(Parts(Parts.block), tokens(), options={"attentoin": "ulysses"})
+    with pytest.raises(ConfigurationError, match="sp_size is 0"):
+        verify(Parts(Parts.block), tokens(), sp_size=0)
+    with fake_world(2), pytest.raises(ConfigurationError, match="a process of its own"):
+        verify(Parts(Parts.block), tokens())
+
+
+# Comparison
+
+
+@pytest.mark.parametrize(
+    ("expected", "got", "error"),
+    [
+        (torch.tensor([2.0, -4.0]), torch.tensor([2.0, -3.0]), 0.25),
+        (torch.tensor([float("inf"), 1.0]), torch.tensor([float("inf"), 1.0]), 0.0),
+        (torch.tensor([float("inf"), 1.0]), torch.tensor([float("-inf"), 1.0]), float("inf")),
+        (torch.tensor([float("nan"), 1.0]), torch.tensor([float("nan"), 1.0]), 0.0),
+        (torch.tensor([float("nan"), 1.0]), torch.tensor([float("inf"), 1.0]), float("inf")),
+        (torch.tensor([1.0]), torch.tensor([1.0], dtype=torch.float64), float("inf")),
+        (torch.tensor([1.0]), torch.tensor([[1.0]]), float("inf")),
+        (torch.tensor([1, 2]), torch.tensor([1, 3]), float("inf")),
+        (torch.tensor([3 + 4j]), torch.tensor([3 + 2j]), 0.5),
+        (None, torch.zeros(1), float("inf")),
+        (None, None, 0.0),
+        (7, 4, float("inf")),
+        ("a", "a", 0.0),
+    ],
+)
+def test_relative_error(expected: Any, got: Any, error: float) -> None:
+    assert relative_error(expected, got) == error
+
+
+def test_a_small_gradient_counts_by_itself_and_rounding_noise_does_not() -> None:
+    gradients = {"grad a": torch.tensor([1.0]), "grad b": torch.tensor([0.01]), "grad c": torch.tensor([1e-17])}
+    got = {"grad a": torch.tensor([1.0]), "grad b": torch.tensor([0.02]), "grad c": torch.tensor([-1e-17])}
+    errors = compare(Step(gradients), Step(got), 1, 1e-9)
+    assert errors["grad a"] == (0.0,) and errors["grad b"][0] > 0.9 and errors["grad c"][0] < 1e-10
+
+
+def test_outputs_that_only_one_of_the_two_has() -> None:
+    assert compare(Step({"output 0": None}), Step({"output 0": None, "output 1": 3}), 2, 1e-9) == {
+        "output 0": (0.0, 0.0),
+        "output 1": (float("inf"), float("inf")),
+    }
+
+
+# The command line
+
+
+def right_model() -> Any:
+    return Parts(Parts.block), torch.randn(X, dtype=torch.float64)  # one input, not a tuple of its rows
+
+
+def wrong_model() -> Any:
+    return Parts(lambda m, x: m.block(x) * (2 if torch.compiler.is_compiling() else 1)), (torch.randn(X).double(),)
+
+
+def no_model() -> Any:
+    return None
+
+
+@pytest.mark.parametrize(
+    ("target", "code", "said"),
+    [
+        ("tests.test_verify:right_model", 0, "2 ranks against one device: all values agree"),
+        ("tests.test_verify:wrong_model", 1, "values on 2 ranks differ from one device"),
+    ],
+)
+def test_the_command(target: str, code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", target, "--sp-size", "2"]) == code
+    assert said in capsys.readouterr().out
+
+
+def test_a_command_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["tests.test_verify:no_model"], ["tests.test_verify:right_model", "--sp-size", "0"]):
+        with pytest.raises(SystemExit) as raised:
+            main(["verify", *arguments])
+        assert raised.value.code == 2
+    assert "sp_size is 0" in capsys.readouterr().err
