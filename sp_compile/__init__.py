@@ -10,7 +10,16 @@ model = torch.compile(model, backend=sp_backend)
 from .backend import sp_backend
 from .config import SequenceParallelConfig
 from .debug import RewrittenGraph, rewritten_graphs
-from .errors import CaptureError, ConfigurationError, DataError, FallbackError, RuleError, SequenceParallelError
+from .errors import (
+    CaptureError,
+    ConfigurationError,
+    DataError,
+    FallbackError,
+    RankLostError,
+    RankMismatchError,
+    RuleError,
+    SequenceParallelError,
+)
 from .group import (
     destroy_sequence_parallel,
     get_data_parallel_group,
@@ -29,6 +38,8 @@ __all__ = [
     "ConfigurationError",
     "DataError",
     "FallbackError",
+    "RankLostError",
+    "RankMismatchError",
     "RewrittenGraph",
     "RuleError",
     "SequenceParallelConfig",
