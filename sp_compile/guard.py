@@ -103,7 +103,8 @@ class Guard:
         self._failing = threading.Lock()
         self._failure: tuple[type[SequenceParallelError], str] | None = None
         self._peers: Any = None
-        self._meet(timeout)
+        self._timeout = timeout
+        self._meet()
 
     def begin(self, digest: int, account: Callable[[], Account], timeout: float) -> Event:
         """Tell the others that this rank has come to an event."""
@@ -141,9 +142,9 @@ class Guard:
                 with self._failing:
                     raise self._raised() from error
             # Where the others raise as well they may all go on; one that does not is met by this.
-            kind = type(error).__name__
+            kind, message = type(error).__name__, str(error).partition("\n")[0][:200]
             account = event.account()
-            account["what"] = f"raised {kind} where it {account['what']}"
+            account["what"] = f"raised {kind} ({message}) where it {account['what']}"
             self.begin(_digest("raised", event.digest, kind), lambda: account, event.timeout)
             raise
         self.settle(event)
@@ -155,11 +156,7 @@ class Guard:
         with self._failing:
             if self._failure is None:
                 account = self._account(cause, text)
-                try:
-                    self._store.set(f"account/{self._rank}", json.dumps(account))
-                    self._store.set("failed", "")
-                except RuntimeError:
-                    log.debug("the store of the SP group cannot be reached", exc_info=True)
+                self._leave_word(account, "failed")
                 group = self._group()
                 if group is not None:
                     end_collectives(group)
@@ -172,28 +169,28 @@ class Guard:
             raise self._raised()
 
     def close(self) -> None:
-        """Give up the connections; what is under way on them ends."""
+        """Give up the connections. Others that still need this rank are told where it left."""
         with self._failing:
-            self._close_connections()
             if self._failure is None:
+                if self._pending:
+                    self._leave_word(self._account("left", ""))
                 text = "the SP group that this model was compiled for has been destroyed; compile it for another"
                 self._failure = ConfigurationError, text
+            self._close_connections()
 
-    def _meet(self, timeout: float) -> None:
+    def _meet(self) -> None:
         """Connect to the other ranks, which come here when they compile a sharded graph for the first time."""
         keys = [f"here/{rank}" for rank in range(self._size)]
         self._store.set(keys[self._rank], "")
         try:
-            self._store.wait(keys, timedelta(seconds=timeout))
-        except RuntimeError as error:
-            absent = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-            raise RankMismatchError(
-                f"{_ranks(absent)} of the SP group compiled no graph to shard within {timeout:g} s, while rank "
-                f"{self._rank} is about to run one. The model took another way there, guards are off there, or it is "
-                f"slower than guard_timeout={timeout:g} s allows. {_ADVICE}"
-            ) from error
-        gloo = PrefixStore("connections", self._store)
-        self._peers = dist.ProcessGroupGloo(gloo, self._rank, self._size, timedelta(seconds=max(timeout, 30)))
+            self._store.wait(keys, timedelta(seconds=self._timeout))
+        except RuntimeError:
+            self.fail("late")
+        if self._store.check(["failed"]):
+            self.fail("told")
+        self.raise_failure()
+        gloo, patience = PrefixStore("connections", self._store), timedelta(seconds=max(self._timeout, 30))
+        self._peers = dist.ProcessGroupGloo(gloo, self._rank, self._size, patience)
         self._store.delete_key(keys[self._rank])
         threading.Thread(target=_look_after, args=(weakref.ref(self),), name="sp_compile guard", daemon=True).start()
 
@@ -229,18 +226,20 @@ class Guard:
         return "differs" if bool((event.digests != event.digest).any()) else ""
 
     def _account(self, cause: str, text: str) -> Account:
-        last = self._last
-        if last is None:
-            return {
-                "number": -1,
-                "digest": 0,
-                "cause": cause,
-                "text": text,
-                "what": "did nothing",
-                "inside": False,
-            }
-        own = {"number": last.number, "digest": last.digest, "cause": cause, "text": text}
-        return {**own, "inside": last.inside, "timeout": last.timeout, **last.account()}
+        last, own = self._last, {"cause": cause, "text": text, "timeout": self._timeout}
+        if last is not None:
+            own |= {"number": last.number, "digest": last.digest, "inside": last.inside, "timeout": last.timeout}
+            return own | last.account()
+        what = "waits for the others, to agree on its first graph" if cause == "late" else "has compiled no graph"
+        return own | {"number": -1 if cause == "late" else -2, "digest": 0, "inside": True, "what": what}
+
+    def _leave_word(self, account: Account, *keys: str) -> None:
+        try:
+            self._store.set(f"account/{self._rank}", json.dumps(account))
+            for key in keys:
+                self._store.set(key, "")
+        except RuntimeError:
+            log.debug("the store of the SP group cannot be reached", exc_info=True)
 
     def _accounts(self, own: Account) -> dict[int, Account]:
         """By rank; of those that have left one within the time of grace."""
@@ -473,7 +472,10 @@ def _raises(error: SequenceParallelError) -> Compiled:
 def explain(accounts: Mapping[int, Account], size: int) -> tuple[type[SequenceParallelError], str]:
     """What the accounts of the ranks mean, on whichever rank it is asked; some of `size` ranks may have given none."""
     absent = [rank for rank in range(size) if rank not in accounts]
-    places = "".join(f"\n  rank {rank} {_where(account)}" for rank, account in sorted(accounts.items()))
+    at: dict[str, list[int]] = {}
+    for rank, account in sorted(accounts.items()):
+        at.setdefault(_where(account), []).append(rank)
+    places = "".join(f"\n  {_ranks(ranks)}: {where}" for where, ranks in at.items())
     for one, other in itertools.combinations(sorted(accounts), 2):
         a, b = accounts[one], accounts[other]
         if a["number"] == b["number"] and a["digest"] != b["digest"]:
@@ -483,19 +485,19 @@ def explain(accounts: Mapping[int, Account], size: int) -> tuple[type[SequencePa
     late = [account for account in accounts.values() if account["cause"] == "late"]
     if late:
         ahead = [rank for rank, account in sorted(accounts.items()) if account["number"] == late[0]["number"]]
-        missing = [rank for rank in range(size) if rank not in ahead]
-        silent = f" Of {_ranks(absent)} there is no word." if absent else ""
-        timeout = late[0]["timeout"]
+        missing = [rank for rank in range(size) if rank not in ahead] or ahead
+        silent = f" There is no word of {_ranks(absent)}, where guards may be off." if absent else ""
         return RankMismatchError, (
-            f"{_ranks(missing or ahead)} of the SP group did not come within {timeout:g} s to where {_ranks(ahead)} "
+            f"{_ranks(missing)} of the SP group did not come within {late[0]['timeout']:g} s to where {_ranks(ahead)} "
             f"waited:{places}\n{_ADVICE}{silent} A rank that alone works for longer between two calls, on a checkpoint "
             "say, needs options={'guard_timeout': seconds}."
         )
-    if absent:
+    gone = sorted(absent + [rank for rank, account in accounts.items() if account["cause"] == "left"])
+    if gone:
         return RankLostError, (
-            f"{_ranks(absent)} of the SP group {'has' if len(absent) == 1 else 'have'} ended, been killed, or left the "
-            f"group:{places}\nThe cause is in the output of {_ranks(absent)}: an exception, or a process that the "
-            "system killed for its memory. Then start all ranks anew."
+            f"{_ranks(gone)} of the SP group ended, or left the group, while others needed it:{places}\nThe cause is "
+            f"in the output of {_ranks(gone)}: an exception, or a process that the system killed for its memory. Then "
+            "start all ranks anew."
         )
     texts = sorted({account["text"] for account in accounts.values()} - {""})
     return RankLostError, (
@@ -504,7 +506,8 @@ def explain(accounts: Mapping[int, Account], size: int) -> tuple[type[SequencePa
 
 
 def _where(account: Account) -> str:
-    return account["what"] if account["inside"] else f"is elsewhere; before, it {account['what']}"
+    what: str = account["what"]
+    return what if account["inside"] else f"is elsewhere, last seen where it {what}"
 
 
 def _difference(a: Account, b: Account, one: int, others: Sequence[int]) -> str:
@@ -515,7 +518,8 @@ def _difference(a: Account, b: Account, one: int, others: Sequence[int]) -> str:
         if value != other:
             return f"Option {name!r} is {value} {first} and {other} {second}: pass the same options on every rank."
     ours, theirs = ([Value(*value) for value in account.get("values", ())] for account in (a, b))
-    for mine, yours in zip(ours, theirs, strict=False):
+    # The size of a tensor may be an input as well, and comes first; the tensor says more.
+    for mine, yours in sorted(zip(ours, theirs, strict=False), key=lambda pair: pair[0].spec.isdigit()):
         if mine.name == yours.name and mine.spec != yours.spec:
             return f"{_title(mine)} is {mine.spec} {first} and {yours.spec} {second}. {_ADVICE}"
     plans = [account.get("plan", "").splitlines() for account in (a, b)]
@@ -622,8 +626,9 @@ def checksums_of(values: Sequence[Any]) -> list[int | None]:
 def checksum(tensor: Tensor) -> Tensor:
     """A 0-dimensional int64 on the device of `tensor`: sum of w_i x_i modulo 2^64, x its bits, w pseudo-random."""
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    weights = _weights(min(CHUNK, 2 * tensor.numel()), tensor.device)
-    for number, chunk in enumerate(_words(tensor.detach()).split(CHUNK), 1):
+    words = _words(tensor.detach())
+    weights = _weights(min(CHUNK, words.numel()), tensor.device)
+    for number, chunk in enumerate(words.split(CHUNK), 1):
         total += (chunk.to(torch.int64) * weights[: chunk.numel()]).sum() * (2 * number + 1)
     return total
 
