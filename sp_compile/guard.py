@@ -29,6 +29,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -85,7 +86,7 @@ class Event:
     def __init__(self, number: int, digest: int, account: Callable[[], Account], timeout: float) -> None:
         self.number, self.digest, self.account, self.timeout = number, digest, account, timeout
         self.started = time.monotonic()
-        self.inside = True
+        self.inside, self.agreed = True, False
         self.digests: Tensor | None = None
         self.work: Any = None
 
@@ -104,6 +105,7 @@ class Guard:
         self._failure: tuple[type[SequenceParallelError], str] | None = None
         self._peers: Any = None
         self._timeout = timeout
+        self._store_answers = True
         self._meet()
 
     def begin(self, digest: int, account: Callable[[], Account], timeout: float) -> Event:
@@ -112,31 +114,37 @@ class Guard:
         for event in self._pending.copy():  # one that an exception left
             if event.work.is_completed():
                 self.settle(event)
+        peers = self._peers
+        if peers is None:  # the thread is finding out why
+            with self._failing:
+                raise self._raised()
         event = self._last = Event(next(self._numbers), digest, account, timeout)
         own = torch.tensor([[digest]], dtype=torch.int64, device="cpu")
         event.digests = torch.empty(self._size, 1, dtype=torch.int64, device="cpu")
         options = AllgatherOptions()
         options.timeout = timedelta(seconds=timeout)
-        event.work = self._peers._allgather_base(event.digests, own, options)
+        event.work = peers._allgather_base(event.digests, own, options)
         self._pending.append(event)
         return event
 
     def settle(self, event: Event) -> None:
         """Wait until all ranks have come to an event; raise if they do not agree on it."""
-        if event not in self._pending:
+        if event.agreed:
             return
         cause = self._cause(event)
         if cause:
             self.fail(cause)
             self.raise_failure()
-        self._pending.remove(event)
+        event.agreed = True
+        if event in self._pending:
+            self._pending.remove(event)
 
     def run(self, event: Event, call: Callable[..., Any], *args: Any) -> Any:
         """`call(*args)`, which is what the event announced."""
         try:
             result = call(*args)
         except Exception as error:
-            if self._failure is None and _TRANSPORT.search(str(error)):
+            if self._failure is None and isinstance(error, RuntimeError) and _TRANSPORT.search(str(error)):
                 self.fail("lost", str(error))
             if self._failure is not None or self._failing.locked():
                 with self._failing:
@@ -161,7 +169,7 @@ class Guard:
                 if group is not None:
                     end_collectives(group)
                 self._close_connections()
-                self._failure = explain(self._accounts(account), self._size)
+                self._failure = explain(self._accounts(account), self._size, self._store_answers)
 
     def raise_failure(self) -> None:
         """Raise what this rank has failed of, if it has."""
@@ -206,12 +214,12 @@ class Guard:
             cause = event.work.is_completed() and self._cause(event)
             if cause:
                 self.fail(cause)
-        if ask and self._failure is None:
+        if ask and self._store_answers and self._failure is None:
             try:
                 if self._store.check(["failed"]):
                     self.fail("told")
-            except RuntimeError:
-                log.debug("the store of the SP group cannot be reached", exc_info=True)
+            except RuntimeError:  # its process may have come to a good end; torch would warn at every try
+                self._store_answers = False
         if self._failure is not None:
             log.error("%s", self._failure[1])
         return self._failure is None
@@ -239,22 +247,20 @@ class Guard:
             for key in keys:
                 self._store.set(key, "")
         except RuntimeError:
-            log.debug("the store of the SP group cannot be reached", exc_info=True)
+            self._store_answers = False
 
     def _accounts(self, own: Account) -> dict[int, Account]:
         """By rank; of those that have left one within the time of grace."""
         found = {self._rank: own}
         keys = [f"account/{rank}" for rank in range(self._size)]
         try:
-            try:
-                self._store.wait(keys, timedelta(seconds=GRACE))
-            except RuntimeError:
-                log.debug("some ranks gave no account", exc_info=True)
+            with suppress(RuntimeError):  # not all came
+                self._store.wait(keys, timedelta(seconds=GRACE if self._store_answers else 0.001))
             for rank, key in enumerate(keys):
-                if rank != self._rank and self._store.check([key]):
+                if rank != self._rank and self._store_answers and self._store.check([key]):
                     found[rank] = json.loads(self._store.get(key))
         except RuntimeError:
-            log.debug("the store of the SP group cannot be reached", exc_info=True)
+            self._store_answers = False
         return found
 
     def _raised(self) -> SequenceParallelError:
@@ -469,7 +475,9 @@ def _raises(error: SequenceParallelError) -> Compiled:
     return run
 
 
-def explain(accounts: Mapping[int, Account], size: int) -> tuple[type[SequenceParallelError], str]:
+def explain(
+    accounts: Mapping[int, Account], size: int, store_answers: bool = True
+) -> tuple[type[SequenceParallelError], str]:
     """What the accounts of the ranks mean, on whichever rank it is asked; some of `size` ranks may have given none."""
     absent = [rank for rank in range(size) if rank not in accounts]
     at: dict[str, list[int]] = {}
@@ -482,6 +490,12 @@ def explain(accounts: Mapping[int, Account], size: int) -> tuple[type[SequencePa
             alike = [r for r in sorted(accounts) if r >= other and accounts[r]["digest"] == b["digest"]]
             text = f"the ranks of the SP group do not agree:{places}\n{_difference(a, b, one, alike)}"
             return RankMismatchError, text
+    if absent and not store_answers:
+        return RankLostError, (
+            f"the process that hosts the store of the job, most likely that of global rank 0, has ended:{places}\n"
+            f"What became of {_ranks(absent)} cannot be said without it: look at the output of each, and start all "
+            "ranks anew."
+        )
     late = [account for account in accounts.values() if account["cause"] == "late"]
     if late:
         ahead = [rank for rank, account in sorted(accounts.items()) if account["number"] == late[0]["number"]]

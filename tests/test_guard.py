@@ -103,6 +103,12 @@ def test_who_has_gone() -> None:
     assert kind is RankLostError and "broke, though all its ranks are alive" in text and "a cable" in text
 
 
+def test_without_the_store_nobody_is_accused() -> None:
+    kind, text = explain({1: account()}, 3, store_answers=False)
+    assert kind is RankLostError and "global rank 0, has ended" in text
+    assert "What became of ranks 0, 2 cannot be said" in text
+
+
 def test_one_process_that_plays_all_ranks_has_no_guard() -> None:
     with simulate(2):
         model = torch.compile(Block(), backend=partial(sp_backend, options={"inner_backend": "eager"}))
