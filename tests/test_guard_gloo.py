@@ -195,21 +195,21 @@ def a_rank_that_raises() -> Any:
 
 
 PARTINGS = [
-    (another_length, "Input x is f32[1, 7, 12] on rank 0 and f32[1, 9, 12] on rank 1", "compiles .* compiles"),
+    (another_length, "Input x is f32[1, 7, 12] on rank 0 and f32[1, 9, 12] on rank 1", "compiles"),
     (another_length_later, "Input x is f32[1, 7, 12] on rank 0 and f32[1, 9, 12] on rank 1", "calls .* compiles"),
     (
         another_length_that_both_know,
         "Input x is f32[1, 33, 12] on rank 0 and f32[1, 34, 12] on rank 1",
-        "calls .* calls",
+        "calls",
     ),
-    (another_length_found_before_the_call_ends, "x is f32[1, 33, 12] on rank 0 and f32[1, 34, 12]", "calls .* calls"),
-    (another_length_of_a_dynamic_graph, "is f32[1, 33, 12] on rank 0 and f32[1, 34, 12] on rank 1", "calls .* calls"),
-    (another_batch, "Input x, f32[1, 7, 12], has other values on rank 1 than on rank 0", "calls .* calls"),
-    (another_order_later, "Input x, f32[1, 7, 12], has other values on rank 1 than on rank 0", "calls .* calls"),
-    (another_parameter, "Parameter self.", "calls .* calls"),
-    (another_seed, "The random numbers of cpu are in another state on rank 1 than on rank 0", "calls .* calls"),
-    (an_extra_graph_break, "Their graphs differ first in line", "compiles .* compiles"),
-    (other_options, "Option 'attention' is 'auto' on rank 0 and 'all_gather_kv' on rank 1", "compiles .* compiles"),
+    (another_length_found_before_the_call_ends, "x is f32[1, 33, 12] on rank 0 and f32[1, 34, 12]", "calls"),
+    (another_length_of_a_dynamic_graph, "is f32[1, 33, 12] on rank 0 and f32[1, 34, 12] on rank 1", "calls"),
+    (another_batch, "Input x, f32[1, 7, 12], has other values on rank 1 than on rank 0", "calls"),
+    (another_order_later, "Input x, f32[1, 7, 12], has other values on rank 1 than on rank 0", "calls"),
+    (another_parameter, "Parameter self.", "calls"),
+    (another_seed, "The random numbers of cpu are in another state on rank 1 than on rank 0", "calls"),
+    (an_extra_graph_break, "Their graphs differ first in line", "compiles"),
+    (other_options, "Option 'attention' is 'auto' on rank 0 and 'all_gather_kv' on rank 1", "compiles"),
     (
         a_call_too_few,
         "rank 1 of the SP group did not come within 2 s to where rank 0 waited",
