@@ -27,6 +27,7 @@ from .debug import log_summary, record, record_unsharded
 from .errors import CaptureError, ConfigurationError, FallbackError, user_line
 from .graph import GraphRules
 from .group import current_epoch, cuts_graphs_for_ddp, rank_tensor, resolve_group
+from .guard import guard_graph
 from .ops import LOWERING_VERSION
 from .passes import ShardedGraph, find_attention, find_mixers, insert_collectives, propagate
 from .plan import AttentionSite, Fallback, ShardingPlan
@@ -107,7 +108,14 @@ def _compile(
     log_summary(rewritten.name, planned.rules, planned.plan, sharded, planned.seconds)
     rank = rank_tensor(group, _device(example_inputs))
     with torch.compiler.config.patch(cache_key_tag=_cache_key_tag(group)):  # type: ignore[attr-defined]
-        inner = _compile_inner(config, sharded.graph_module, [*example_inputs, rank])
+        inner = guard_graph(
+            group,
+            config,
+            rewritten,
+            gm.graph.find_nodes(op="placeholder"),
+            example_inputs,
+            lambda: _compile_inner(config, sharded.graph_module, [*example_inputs, rank]),
+        )
     return lambda *args: _without_padding(inner(*args, rank), sharded.outputs)
 
 

@@ -18,12 +18,14 @@ Outputs = Literal["gather", "shard"]
 ParameterGradients = Literal["all_reduce", "local"]
 Attention = Literal["auto", "ulysses", "all_gather_kv", "replicate"]
 RandomNumbers = Literal["parallel", "exact"]
+Guards = Literal["off", "shapes", "on", "debug"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "outputs": get_args(Outputs),
     "param_grads": get_args(ParameterGradients),
     "attention": get_args(Attention),
     "rng": get_args(RandomNumbers),
+    "guards": get_args(Guards),
 }
 
 
@@ -64,6 +66,15 @@ class SequenceParallelConfig:
     dump: str | os.PathLike[str] | None = None
     """A folder to write the graph to, before and after every pass."""
 
+    guards: Guards = "on"
+    """What ranks compare, and raise `RankMismatchError` of. "on": which graph runs, options, shapes and dtypes at every
+    call; at its first call also inputs, parameters and random number state, bit for bit. "debug": those at every call.
+    "shapes": those never, for values that may differ in their last bits. "off": nothing; ranks that part may hang."""
+
+    guard_timeout: float = 600.0
+    """Seconds that a rank may come later than another to the same call. More than one rank alone ever spends between
+    two calls, on writing a checkpoint say; compiling does not count."""
+
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
@@ -73,6 +84,10 @@ class SequenceParallelConfig:
             raise ConfigurationError(_wrong_type("strict", self.strict, "True or False"))
         if self.dump is not None and not isinstance(self.dump, str | os.PathLike):
             raise ConfigurationError(_wrong_type("dump", self.dump, "the path of a folder or None"))
+        if isinstance(self.guard_timeout, bool) or not isinstance(self.guard_timeout, int | float):
+            raise ConfigurationError(_wrong_type("guard_timeout", self.guard_timeout, "a number of seconds"))
+        if not 0 < self.guard_timeout < 1e6:
+            raise ConfigurationError(f"option 'guard_timeout' is {self.guard_timeout}. It takes seconds, more than 0.")
         if self.group is not None and not isinstance(self.group, ProcessGroup | DeviceMesh):
             raise ConfigurationError(_wrong_type("group", self.group, "a ProcessGroup, a DeviceMesh or None"))
         if isinstance(self.inner_backend, str):

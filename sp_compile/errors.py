@@ -27,6 +27,17 @@ class DataError(SequenceParallelError):
     """Inputs that ranks of an SP group cannot share, or calls in which they do not agree."""
 
 
+class RankMismatchError(SequenceParallelError):
+    """Ranks of an SP group that came to different graphs, options, inputs, parameters or random numbers, or not at all.
+
+    Every rank raises it. The group cannot be used any more; `init_sequence_parallel` makes another.
+    """
+
+
+class RankLostError(SequenceParallelError):
+    """A rank of the SP group whose process ended while others needed it; those raise it."""
+
+
 class FallbackError(SequenceParallelError):
     """With `strict=True`: something ran on gathered values that could not be sharded."""
 

@@ -30,7 +30,7 @@ def test_options_arrive_and_the_result_is_frozen() -> None:
         (
             {"inner_backed": "eager"},
             "unknown option 'inner_backed'; did you mean 'inner_backend'? The options are group, "
-            "inner_backend, outputs, param_grads, attention, rng, strict, dump.",
+            "inner_backend, outputs, param_grads, attention, rng, strict, dump, guards, guard_timeout.",
         ),
         (
             {"outputs": "gathered"},
@@ -47,6 +47,9 @@ def test_options_arrive_and_the_result_is_frozen() -> None:
         ({"rng": "exactly"}, "did you mean 'exact'? It takes one of 'parallel', 'exact'."),
         ({"strict": 1}, "option 'strict' is 1, of type int. It takes True or False."),
         ({"dump": 3}, "option 'dump' is 3, of type int. It takes the path of a folder or None."),
+        ({"guards": "no"}, "It takes one of 'off', 'shapes', 'on', 'debug'."),
+        ({"guard_timeout": "1 h"}, "option 'guard_timeout' is '1 h', of type str. It takes a number of seconds."),
+        ({"guard_timeout": 0}, "option 'guard_timeout' is 0. It takes seconds, more than 0."),
         ({"group": 2}, "of type int. It takes a ProcessGroup, a DeviceMesh or None."),
         ({"inner_backend": None}, "of type NoneType. It takes a name or a callable."),
     ],

@@ -1,0 +1,671 @@
+"""Ranks that part are told so; they neither wait for each other for ever nor go on with a wrong result.
+
+The ranks of an SP group come to the same *events* in the same order. At each, every rank tells the others a digest:
+
+    compile    the plan, the options, shapes and dtypes    agreed on before the graph is compiled
+    call       which graph, shapes and dtypes              agreed on before what it returns is returned
+    backward   which graph                                 agreed on before gradients are returned
+
+The first call of a graph waits, before it runs, until all agree on the values of inputs and parameters, by checksum,
+and on the state of the generators that it draws from. Later calls wait for nothing: the digests are gathered on gloo
+connections of the guard's own, beside the collectives of the step.
+
+A thread looks after what is under way. Where digests differ, a rank does not come in time or its process has ended,
+it ends the collectives that this rank waits in; each rank leaves in the store of the group where it is and why, reads
+what the others left, and raises what follows from all of it: the same text on every rank.
+
+The rank that compiles, for however long, has come: only between two events is there a timeout.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import itertools
+import json
+import logging
+import re
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import fields
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+from torch._C._distributed_c10d import AllgatherOptions, PrefixStore
+from torch._ops import OpOverload
+from torch.distributed import ProcessGroup
+from torch.nn import Parameter
+from torch.utils._dtype_abbrs import dtype_abbrs
+
+from .config import SequenceParallelConfig
+from .debug import RewrittenGraph, format_graph
+from .errors import ConfigurationError, RankLostError, RankMismatchError, SequenceParallelError
+
+log = logging.getLogger(__name__)
+
+Compiled = Callable[..., Any]
+Account = dict[str, Any]
+"""Where a rank is, as JSON: see `GuardedGraph._account`."""
+
+POLL = 0.05
+"""Seconds between two looks at what is under way."""
+
+ASK = 1.0
+"""Seconds between two looks in the store, for a rank that has failed while this one was elsewhere."""
+
+GRACE = 3.0
+"""Seconds that a rank which has failed waits for word of the others."""
+
+COMPILING = timedelta(days=1).total_seconds()
+"""How late a rank may be for the first call of a graph: it may have to compile what others found in a cache."""
+
+_TRANSPORT = re.compile(r"gloo|nccl|application timeout|connection (closed|reset)|broken pipe|socket", re.IGNORECASE)
+_PLACE = re.compile(r"^# (.*)$", re.MULTILINE)
+_BITS = (1 << 63) - 1
+_ADVICE = "Every rank of an SP group makes the same calls in the same order, with the same inputs."
+
+
+class Value(NamedTuple):
+    """An input of a graph on one rank."""
+
+    name: str
+    kind: str
+    spec: str
+    checksum: int | None
+
+
+class Event:
+    """A place that every rank comes to, and what each says of it."""
+
+    def __init__(self, number: int, digest: int, account: Callable[[], Account], timeout: float) -> None:
+        self.number, self.digest, self.account, self.timeout = number, digest, account, timeout
+        self.started = time.monotonic()
+        self.inside, self.agreed = True, False
+        self.digests: Tensor | None = None
+        self.work: Any = None
+
+
+class Guard:
+    """What one rank of an SP group says to the others and hears from them. A failure is final for the group."""
+
+    def __init__(self, group: ProcessGroup, timeout: float) -> None:
+        self._group = weakref.ref(group)
+        self._rank, self._size = dist.get_rank(group), group.size()
+        self._store = PrefixStore("sp_compile.guard", group.get_group_store())
+        self._numbers = itertools.count()
+        self._last: Event | None = None
+        self._pending: list[Event] = []
+        self._failing = threading.Lock()
+        self._failure: tuple[type[SequenceParallelError], str] | None = None
+        self._peers: Any = None
+        self._timeout = timeout
+        self._store_answers = True
+        self._meet()
+
+    def begin(self, digest: int, account: Callable[[], Account], timeout: float) -> Event:
+        """Tell the others that this rank has come to an event."""
+        self.raise_failure()
+        for event in self._pending.copy():  # one that an exception left
+            if event.work.is_completed():
+                self.settle(event)
+        peers = self._peers
+        if peers is None:  # the thread is finding out why
+            with self._failing:
+                raise self._raised()
+        event = self._last = Event(next(self._numbers), digest, account, timeout)
+        own = torch.tensor([[digest]], dtype=torch.int64, device="cpu")
+        event.digests = torch.empty(self._size, 1, dtype=torch.int64, device="cpu")
+        options = AllgatherOptions()
+        options.timeout = timedelta(seconds=timeout)
+        event.work = peers._allgather_base(event.digests, own, options)
+        self._pending.append(event)
+        return event
+
+    def settle(self, event: Event) -> None:
+        """Wait until all ranks have come to an event; raise if they do not agree on it."""
+        if event.agreed:
+            return
+        cause = self._cause(event)
+        if cause:
+            self.fail(cause)
+            self.raise_failure()
+        event.agreed = True
+        if event in self._pending:
+            self._pending.remove(event)
+
+    def run(self, event: Event, call: Callable[..., Any], *args: Any) -> Any:
+        """`call(*args)`, which is what the event announced."""
+        try:
+            result = call(*args)
+        except Exception as error:
+            if self._failure is None and isinstance(error, RuntimeError) and _TRANSPORT.search(str(error)):
+                self.fail("lost", str(error))
+            if self._failure is not None or self._failing.locked():
+                with self._failing:
+                    raise self._raised() from error
+            # Where the others raise as well they may all go on; one that does not is met by this.
+            kind, message = type(error).__name__, str(error).partition("\n")[0][:200]
+            account = event.account()
+            account["what"] = f"raised {kind} ({message}) where it {account['what']}"
+            self.begin(_digest("raised", event.digest, kind), lambda: account, event.timeout)
+            raise
+        self.settle(event)
+        event.inside = False
+        return result
+
+    def fail(self, cause: str, text: str = "") -> None:
+        """Leave word in the store, end what this rank and the others wait in, and say what all of that means."""
+        with self._failing:
+            if self._failure is None:
+                account = self._account(cause, text)
+                self._leave_word(account, "failed")
+                group = self._group()
+                if group is not None:
+                    end_collectives(group)
+                self._close_connections()
+                self._failure = explain(self._accounts(account), self._size, self._store_answers)
+
+    def raise_failure(self) -> None:
+        """Raise what this rank has failed of, if it has."""
+        if self._failure is not None:
+            raise self._raised()
+
+    def close(self) -> None:
+        """Give up the connections. Others that still need this rank are told where it left."""
+        with self._failing:
+            if self._failure is None:
+                if self._pending:
+                    self._leave_word(self._account("left", ""))
+                text = "the SP group that this model was compiled for has been destroyed; compile it for another"
+                self._failure = ConfigurationError, text
+            self._close_connections()
+
+    def _meet(self) -> None:
+        """Connect to the other ranks, which come here when they compile a sharded graph for the first time."""
+        keys = [f"here/{rank}" for rank in range(self._size)]
+        self._store.set(keys[self._rank], "")
+        try:
+            self._store.wait(keys, timedelta(seconds=self._timeout))
+        except RuntimeError:
+            self.fail("late")
+        if self._store.check(["failed"]):
+            self.fail("told")
+        self.raise_failure()
+        gloo, patience = PrefixStore("connections", self._store), timedelta(seconds=max(self._timeout, 30))
+        self._peers = dist.ProcessGroupGloo(gloo, self._rank, self._size, patience)
+        self._store.delete_key(keys[self._rank])
+        threading.Thread(target=_look_after, args=(weakref.ref(self),), name="sp_compile guard", daemon=True).start()
+
+    def look(self, ask: bool) -> bool:
+        """What the thread does at each turn; whether there will be another."""
+        group = self._group()
+        if self._failure is not None:
+            return False
+        if group is None or not _is_registered(group):
+            self.close()
+            return False
+        for event in self._pending.copy():
+            cause = event.work.is_completed() and self._cause(event)
+            if cause:
+                self.fail(cause)
+        if ask and self._store_answers and self._failure is None:
+            try:
+                if self._store.check(["failed"]):
+                    self.fail("told")
+            except RuntimeError:  # its process may have come to a good end; torch would warn at every try
+                self._store_answers = False
+        if self._failure is not None:
+            log.error("%s", self._failure[1])
+        return self._failure is None
+
+    def _cause(self, event: Event) -> str:
+        """Why an event failed, when all ranks have come to it or its time is over; "" if it did not."""
+        try:
+            event.work.wait()
+        except RuntimeError:
+            return "late" if time.monotonic() - event.started >= event.timeout else "lost"
+        assert event.digests is not None
+        return "differs" if bool((event.digests != event.digest).any()) else ""
+
+    def _account(self, cause: str, text: str) -> Account:
+        last, own = self._last, {"cause": cause, "text": text, "timeout": self._timeout}
+        if last is not None:
+            own |= {"number": last.number, "digest": last.digest, "inside": last.inside, "timeout": last.timeout}
+            return own | last.account()
+        what = "waits for the others, to agree on its first graph" if cause == "late" else "has compiled no graph"
+        return own | {"number": -1 if cause == "late" else -2, "digest": 0, "inside": True, "what": what}
+
+    def _leave_word(self, account: Account, *keys: str) -> None:
+        try:
+            self._store.set(f"account/{self._rank}", json.dumps(account))
+            for key in keys:
+                self._store.set(key, "")
+        except RuntimeError:
+            self._store_answers = False
+
+    def _accounts(self, own: Account) -> dict[int, Account]:
+        """By rank; of those that have left one within the time of grace."""
+        found = {self._rank: own}
+        keys = [f"account/{rank}" for rank in range(self._size)]
+        try:
+            with suppress(RuntimeError):  # not all came
+                self._store.wait(keys, timedelta(seconds=GRACE if self._store_answers else 0.001))
+            for rank, key in enumerate(keys):
+                if rank != self._rank and self._store_answers and self._store.check([key]):
+                    found[rank] = json.loads(self._store.get(key))
+        except RuntimeError:
+            self._store_answers = False
+        return found
+
+    def _raised(self) -> SequenceParallelError:
+        assert self._failure is not None
+        kind, text = self._failure
+        return kind(text)
+
+    def _close_connections(self) -> None:
+        peers, self._peers = self._peers, None
+        if peers is not None:
+            _end_gloo(peers)
+        self._pending.clear()
+
+
+_guards: weakref.WeakKeyDictionary[ProcessGroup, Guard] = weakref.WeakKeyDictionary()
+
+
+def _look_after(reference: weakref.ref[Guard]) -> None:
+    rest = threading.Event()
+    for turn in itertools.count(1):
+        rest.wait(POLL)
+        guard = reference()
+        if guard is None or not guard.look(turn % round(ASK / POLL) == 0):
+            return
+        del guard
+
+
+@atexit.register
+def _close_all() -> None:
+    """An interpreter that ends does not wait for ranks that do not come."""
+    for guard in list(_guards.values()):
+        guard.close()
+
+
+def _is_registered(group: ProcessGroup) -> bool:
+    try:
+        dist.get_process_group_ranks(group)
+    except (KeyError, ValueError, RuntimeError):
+        return False
+    return True
+
+
+def end_collectives(group: ProcessGroup) -> None:
+    """Make what this process waits for in a group fail, there and on the ranks that wait for it. The group is lost."""
+    for device in group._device_types:
+        backend = group._get_backend(device)
+        if isinstance(backend, dist.ProcessGroupGloo):
+            _end_gloo(backend)
+        else:
+            backend.abort()
+
+
+def _end_gloo(backend: Any) -> None:
+    """`abort` of a gloo group does nothing (torch 2.13). One receive that times out closes its connections."""
+    other, nothing = (backend.rank() + 1) % backend.size(), torch.zeros(1, device="cpu")
+    for tag in range(8):  # a context for each network interface takes its turn by the tag
+        try:
+            backend.recv([nothing], other, tag).wait(timedelta(milliseconds=1))
+        except RuntimeError:
+            continue
+
+
+class GuardedGraph:
+    """A rewritten graph whose calls are events."""
+
+    def __init__(
+        self,
+        guard: Guard,
+        config: SequenceParallelConfig,
+        graph: RewrittenGraph,
+        inputs: Sequence[fx.Node],
+        example_inputs: Sequence[Any],
+    ) -> None:
+        self._guard, self._config = guard, config
+        bodies = [m for m in graph.rewritten.modules() if isinstance(m, fx.GraphModule) and m is not graph.rewritten]
+        self._plan = "\n".join([str(graph), *map(format_graph, bodies)])
+        self._options = _comparable(config)
+        place = _PLACE.search(self._plan)
+        self._graph = f"{graph.name} ({place[1]})" if place else graph.name
+        self._names = [_name(node) for node in inputs]
+        self._kinds = ["parameter" if isinstance(value, Parameter) else "input" for value in example_inputs]
+        self._specs = [_spec(value) for value in example_inputs]
+        self._watched = [index for index, kind in enumerate(self._kinds) if kind == "input"]
+        self._draws = any(_draws(node) for body in [graph.rewritten, *bodies] for node in body.graph.nodes)
+        self._key = _digest(self._plan, self._options)
+        self._backward_watched = False
+
+    def agree(self) -> Event:
+        """Wait until all ranks are about to compile this graph."""
+        event = self._begin(_digest("compile", self._key, self._specs), "compiles", self._values)
+        self._guard.settle(event)
+        return event
+
+    def watch(self, inner: Compiled) -> Compiled:
+        """`inner`, whose calls and backward are events."""
+        first = True
+
+        def run(*args: Any) -> Any:
+            nonlocal first
+            if first or self._config.guards == "debug":
+                event = self._begin_with_values(args, COMPILING if first else self._config.guard_timeout)
+                first = False
+                self._guard.settle(event)
+            else:
+                event = self._begin_with_shapes(args)
+            outputs = self._guard.run(event, inner, *args)
+            if not self._backward_watched:
+                self._watch_backward(outputs)
+            return outputs
+
+        return run
+
+    def _begin_with_shapes(self, args: Sequence[Any]) -> Event:
+        watched = [args[index] for index in self._watched]
+        seen = [(x.dtype, x.shape) if isinstance(x, Tensor) else x for x in watched]
+        sizes = [
+            (_DTYPES[x.dtype], *x.shape) if isinstance(x, Tensor) else x for x in watched if isinstance(x, Tensor | int)
+        ]
+
+        def values() -> list[Value]:
+            specs = dict(zip(self._watched, map(_spec, seen), strict=True))
+            return self._values([specs.get(index, spec) for index, spec in enumerate(self._specs)])
+
+        return self._begin(_hash(self._key, _CALL, *sizes), "calls", values)
+
+    def _begin_with_values(self, args: Sequence[Any], timeout: float) -> Event:
+        args = args[: len(self._names)]
+        checks = self._config.guards != "shapes"
+        checksums: list[int | None] = checksums_of(args) if checks else [None] * len(args)
+        random = generator_checksums(args) if checks and self._draws else {}
+        specs = [_spec(value) for value in args]
+        digest = _digest("call", self._key, specs, checksums, random)
+        return self._begin(digest, "calls", lambda: self._values(specs, checksums), random, timeout)
+
+    def _values(self, specs: Sequence[str] | None = None, checksums: Sequence[int | None] | None = None) -> list[Value]:
+        specs = specs or self._specs
+        rows = zip(self._names, self._kinds, specs, checksums or [None] * len(specs), strict=True)
+        return [Value(*row) for row in rows]
+
+    def _begin(
+        self,
+        digest: int,
+        does: str,
+        values: Callable[[], list[Value]] = list,
+        random: Mapping[str, int] | None = None,
+        timeout: float | None = None,
+    ) -> Event:
+        def account() -> Account:
+            own = {"does": does, "what": f"{does} {self._graph}", "options": self._options, "plan": self._plan}
+            return {**own, "values": values(), "random": random or {}}
+
+        return self._guard.begin(digest, account, timeout or self._config.guard_timeout)
+
+    def _watch_backward(self, outputs: Sequence[Any]) -> None:
+        """AOTAutograd makes one autograd Function for a graph; its backward becomes an event as well."""
+        made = (getattr(getattr(output, "grad_fn", None), "_forward_cls", None) for output in outputs)
+        function = next((each for each in made if hasattr(each, "_aot_id")), None)
+        if function is None:
+            return
+        backward, digest = function.backward, _hash(self._key, _BACKWARD)
+
+        def watched(ctx: Any, *grads: Any) -> Any:
+            return self._guard.run(self._begin(digest, "runs the backward of"), backward, ctx, *grads)
+
+        function.backward = staticmethod(watched)
+        self._backward_watched = True
+
+
+_CALL, _BACKWARD = 1, 2
+
+
+def guard_graph(
+    group: ProcessGroup,
+    config: SequenceParallelConfig,
+    graph: RewrittenGraph,
+    inputs: Sequence[fx.Node],
+    example_inputs: Sequence[Any],
+    compile_inner: Callable[[], Compiled],
+) -> Compiled:
+    """What `compile_inner()` gives, once all ranks of the SP group agree on the graph; its calls are guarded.
+
+    Where they do not agree nothing is compiled, and the call raises: what a backend raises by itself would reach the
+    user in a `BackendCompilerFailed`. Ranks that are simulated in one process have no guard.
+
+    Args:
+        inputs: the placeholders of the Dynamo graph, and `example_inputs` what it was traced with.
+    """
+    backends = {group._get_backend(device).name() for device in group._device_types}
+    if config.guards == "off" or "fake" in backends or not dist.is_gloo_available():
+        return compile_inner()
+    try:
+        guard = _guard_of(group, config.guard_timeout)
+        guarded = GuardedGraph(guard, config, graph, inputs, example_inputs)
+        event = guarded.agree()
+    except SequenceParallelError as error:
+        return _raises(error)
+    return guarded.watch(guard.run(event, compile_inner))
+
+
+def _guard_of(group: ProcessGroup, timeout: float) -> Guard:
+    if group not in _guards:
+        _guards[group] = Guard(group, timeout)
+    return _guards[group]
+
+
+def _raises(error: SequenceParallelError) -> Compiled:
+    kind, text = type(error), str(error)
+
+    def run(*args: Any) -> Any:
+        raise kind(text)
+
+    return run
+
+
+def explain(
+    accounts: Mapping[int, Account], size: int, store_answers: bool = True
+) -> tuple[type[SequenceParallelError], str]:
+    """What the accounts of the ranks mean, on whichever rank it is asked; some of `size` ranks may have given none."""
+    absent = [rank for rank in range(size) if rank not in accounts]
+    at: dict[str, list[int]] = {}
+    for rank, account in sorted(accounts.items()):
+        at.setdefault(_where(account), []).append(rank)
+    places = "".join(f"\n  {_ranks(ranks)}: {where}" for where, ranks in at.items())
+    for one, other in itertools.combinations(sorted(accounts), 2):
+        a, b = accounts[one], accounts[other]
+        if a["number"] == b["number"] and a["digest"] != b["digest"]:
+            alike = [r for r in sorted(accounts) if r >= other and accounts[r]["digest"] == b["digest"]]
+            text = f"the ranks of the SP group do not agree:{places}\n{_difference(a, b, one, alike)}"
+            return RankMismatchError, text
+    if absent and not store_answers:
+        return RankLostError, (
+            f"the process that hosts the store of the job, most likely that of global rank 0, has ended:{places}\n"
+            f"What became of {_ranks(absent)} cannot be said without it: look at the output of each, and start all "
+            "ranks anew."
+        )
+    late = [account for account in accounts.values() if account["cause"] == "late"]
+    if late:
+        ahead = [rank for rank, account in sorted(accounts.items()) if account["number"] == late[0]["number"]]
+        missing = [rank for rank in range(size) if rank not in ahead] or ahead
+        silent = f" There is no word of {_ranks(absent)}, where guards may be off." if absent else ""
+        return RankMismatchError, (
+            f"{_ranks(missing)} of the SP group did not come within {late[0]['timeout']:g} s to where {_ranks(ahead)} "
+            f"waited:{places}\n{_ADVICE}{silent} A rank that alone works for longer between two calls, on a checkpoint "
+            "say, needs options={'guard_timeout': seconds}."
+        )
+    gone = sorted(absent + [rank for rank, account in accounts.items() if account["cause"] == "left"])
+    if gone:
+        return RankLostError, (
+            f"{_ranks(gone)} of the SP group ended, or left the group, while others needed it:{places}\nThe cause is "
+            f"in the output of {_ranks(gone)}: an exception, or a process that the system killed for its memory. Then "
+            "start all ranks anew."
+        )
+    texts = sorted({account["text"] for account in accounts.values()} - {""})
+    return RankLostError, (
+        f"the connections of the SP group broke, though all its ranks are alive:{places}\n{' '.join(texts)}".rstrip()
+    )
+
+
+def _where(account: Account) -> str:
+    what: str = account["what"]
+    return what if account["inside"] else f"is elsewhere, last seen where it {what}"
+
+
+def _difference(a: Account, b: Account, one: int, others: Sequence[int]) -> str:
+    """The first thing that differs between two accounts, and what to do."""
+    first, second = f"on rank {one}", f"on {_ranks(others)}"
+    for name, value in a.get("options", {}).items():
+        other = b.get("options", {}).get(name, value)
+        if value != other:
+            return f"Option {name!r} is {value} {first} and {other} {second}: pass the same options on every rank."
+    ours, theirs = ([Value(*value) for value in account.get("values", ())] for account in (a, b))
+    # The size of a tensor may be an input as well, and comes first; the tensor says more.
+    for mine, yours in sorted(zip(ours, theirs, strict=False), key=lambda pair: pair[0].spec.isdigit()):
+        if mine.name == yours.name and mine.spec != yours.spec:
+            return f"{_title(mine)} is {mine.spec} {first} and {yours.spec} {second}. {_ADVICE}"
+    plans = [account.get("plan", "").splitlines() for account in (a, b)]
+    if a.get("does") == b.get("does") and plans[0] == plans[1]:
+        for mine, yours in zip(ours, theirs, strict=False):
+            if mine.checksum != yours.checksum:
+                advice = (
+                    "Seed alike before the model is made, or load one checkpoint."
+                    if mine.kind == "parameter"
+                    else ("All ranks of an SP group work on the same sample: see sp_compile.data.sp_sampler.")
+                )
+                return f"{_title(mine)}, {mine.spec}, has other values {second} than {first}. {advice}"
+        for device, state in (a.get("random") or {}).items():
+            if state != (b.get("random") or {}).get(device):
+                return (
+                    f"The random numbers of {device} are in another state {second} than {first}, and this graph draws "
+                    "some: call torch.manual_seed with the same seed on every rank."
+                )
+    for number, (mine, yours) in enumerate(itertools.zip_longest(*plans, fillvalue="(nothing)"), 1):
+        if mine != yours:
+            return (
+                f"Their graphs differ first in line {number}:\n  rank {one}: {mine}\n  rank {others[0]}: {yours}\n"
+                f"A graph break, a branch or a loop that one rank takes alone does this; "
+                f"TORCH_LOGS=graph_breaks,recompiles shows them. {_ADVICE}"
+            )
+    return _ADVICE
+
+
+def _title(value: Value) -> str:
+    return f"{value.kind.capitalize()} {value.name}"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+def _comparable(config: SequenceParallelConfig) -> dict[str, str]:
+    """The options on which ranks have to agree, as text."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    backend = values["inner_backend"]
+    if not isinstance(backend, str):
+        values["inner_backend"] = getattr(backend, "__qualname__", type(backend).__qualname__)
+    return {name: repr(value) for name, value in values.items() if name not in ("group", "dump", "guard_timeout")}
+
+
+_MEMBER = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
+_ROOT = re.compile(r"\b[LG]\['([^']+)'\]")
+
+
+def _name(node: fx.Node) -> str:
+    """`L['self']._modules['q']._parameters['weight']` as one writes it: `self.q.weight`."""
+    source = getattr(node, "_dynamo_source", None)
+    return _ROOT.sub(r"\1", _MEMBER.sub(r".\1", source.name)) if source is not None else str(node.target)
+
+
+def _spec(value: Any) -> str:
+    if isinstance(value, Tensor):
+        value = value.dtype, value.shape
+    if isinstance(value, tuple):
+        return f"{dtype_abbrs[value[0]]}[{', '.join(map(str, value[1]))}]"
+    return str(value) if isinstance(value, int) else type(value).__name__
+
+
+_DTYPES = {dtype: index for index, dtype in enumerate(sorted(dtype_abbrs, key=str))}
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether a node draws random numbers: a dropout that is off does not."""
+    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    arguments = node.target._schema.arguments
+    given = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    given |= dict(zip((a.name for a in arguments), node.args, strict=False)) | dict(node.kwargs)
+    return given.get("dropout_p", 1) != 0 and given.get("p", 1) != 0 and given.get("train", True) is not False
+
+
+def _digest(*parts: Any) -> int:
+    """63 bits of what JSON can say, alike in every process."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big") & _BITS
+
+
+def _hash(*numbers: Any) -> int:
+    """The same of numbers and tuples of them, in a microsecond: Python salts the hashes of text only."""
+    return hash(numbers) & _BITS
+
+
+CHUNK = 1 << 20
+
+
+def checksums_of(values: Sequence[Any]) -> list[int | None]:
+    """A checksum of each dense tensor, bit for bit; None of what is none."""
+    sums: dict[torch.device, list[tuple[int, Tensor]]] = {}
+    with torch.no_grad():
+        for index, value in enumerate(values):
+            if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
+                sums.setdefault(value.device, []).append((index, checksum(value)))
+        found: list[int | None] = [None] * len(values)
+        for of_device in sums.values():
+            for (index, _), number in zip(of_device, torch.stack([s for _, s in of_device]).tolist(), strict=True):
+                found[index] = number
+    return found
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """A 0-dimensional int64 on the device of `tensor`: sum of w_i x_i modulo 2^64, x its bits, w pseudo-random."""
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    words = _words(tensor.detach())
+    weights = _weights(min(CHUNK, words.numel()), tensor.device)
+    for number, chunk in enumerate(words.split(CHUNK), 1):
+        total += (chunk.to(torch.int64) * weights[: chunk.numel()]).sum() * (2 * number + 1)
+    return total
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as integers of at most 32: in wider ones a change of two signs could cancel."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    flat = tensor.resolve_neg().contiguous().view(-1)
+    return flat.view({1: torch.uint8, 2: torch.int16}.get(flat.element_size(), torch.int32))
+
+
+def _weights(count: int, device: torch.device) -> Tensor:
+    """Odd numbers without a pattern, so that neither another order nor equal changes cancel (splitmix64)."""
+    x = torch.arange(1, count + 1, dtype=torch.int64, device=device) * -7046029254386353131
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return (x ^ ((x >> 31) & ((1 << 33) - 1))) | 1
+
+
+def generator_checksums(values: Sequence[Any]) -> dict[str, int]:
+    """By device type, of the CPU and of the devices that `values` are on: the state of the default generator."""
+    states = {"cpu": torch.get_rng_state()}
+    for kind in sorted({value.device.type for value in values if isinstance(value, Tensor)} - {"cpu", "meta"}):
+        states[kind] = torch.get_device_module(kind).get_rng_state()
+    return {kind: int(checksum(state)) for kind, state in states.items()}
