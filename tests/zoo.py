@@ -382,7 +382,7 @@ def pixels(side: int) -> int:
 
 LATENT: Mapping[str, Any] = {"in_channels": 4, "out_channels": 4}
 JOINT: Mapping[str, Any] = {"joint_attention_dim": 12, "pooled_projection_dim": 10}
-VIDEO: Mapping[str, Any] = {"short": 3, "long": 7}
+VIDEO: Mapping[str, Any] = {"short": 3, "long": 12}
 
 diffusion(
     "flux",
@@ -409,6 +409,7 @@ diffusion(
     "pixart",
     "PixArtTransformer2DModel",
     pixart,
+    long=24,
     in_channels=4,
     out_channels=8,
     sample_size=pixels,
