@@ -11,7 +11,19 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up. A package stands for all of its modules.
 LAYERS = (
     {"errors"},
-    {"sharding", "rule", "ops", "random_ops", "config", "group", "patch_embedding", "canonicalize", "opaque", "region", "capture"},
+    {
+        "sharding",
+        "rule",
+        "ops",
+        "random_ops",
+        "config",
+        "group",
+        "patch_embedding",
+        "canonicalize",
+        "opaque",
+        "region",
+        "capture",
+    },
     {"rules", "graph", "plan", "homes", "cost", "traffic", "links", "functional", "data"},
     {"passes"},
     {"debug", "guard", "backend"},
