@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 
-_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+_CONVOLUTIONS = {op for packet in (aten.conv1d, aten.conv2d, aten.conv3d) for op in (packet.default, packet.padding)}
 
 
 def patch_embeddings(graph: Graph, reshapes: Collection[Any]) -> dict[Node, Node]:
@@ -50,15 +50,15 @@ def _side_by_side(conv: Node) -> bool:
         x.dim() == each + 2
         and all(isinstance(size, int) for size in rows)
         and _per_dimension(stride, each) == kernel
-        and _per_dimension(padding, each) == [0] * each
+        and (padding == "valid" or _per_dimension(padding, each) == [0] * each)
         and _per_dimension(dilation, each) == [1] * each
         and groups == 1
         and all(size % k == 0 for size, k in zip(rows, kernel, strict=True))
     )
 
 
-def _per_dimension(given: Any, count: int) -> list[int]:
-    values = [given] if isinstance(given, int) else list(given)
+def _per_dimension(given: Any, count: int) -> list[Any]:
+    values = list(given) if isinstance(given, (list, tuple)) else [given]
     return values * count if len(values) == 1 else values
 
 
