@@ -91,9 +91,9 @@ def step(call: Callable[..., Any], model: Any, args: Sequence[Any], kwargs: Mapp
     before = states((model, tuple(args), dict(kwargs)))
     versions = {name: value._version for name, value in before}
     inputs = [(name, value) for name, value in before if name.startswith("input ")]
-    parameters = model.named_parameters() if isinstance(model, nn.Module) else ()
-    trained = [(name, value) for name, value in (*inputs, *parameters) if value.requires_grad]
     result = call(*args, **kwargs)
+    parameters = model.named_parameters() if isinstance(model, nn.Module) else ()  # a model may freeze some as it runs
+    trained = [(name, value) for name, value in (*inputs, *parameters) if value.requires_grad]
     alone = result is None or isinstance(result, (Tensor, int, float, str))
     outputs = dict(named_leaves(result, "output 0" if alone else "output"))
     loss = outputs.get("output loss")
