@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sp_compile import RankLostError, RankMismatchError, rewritten_graphs, sp_backend
 from sp_compile.guard import CHUNK, _draws, checksum, checksums_of, explain
+from sp_compile.simulation import simulate
 
-from .simulation import simulate
 from .test_passes import Block
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int8, torch.bool, torch.complex64]
