@@ -164,7 +164,7 @@ def describe_attention(graph: RewrittenGraph) -> str:
     exchanges = {each.name: each for each in graph.collectives}
     for node in graph.rewritten.graph.nodes:
         if node.name in exchanges:
-            moved[sites.get(exchanges[node.name].source, upcoming)] += exchanges[node.name].bytes
+            moved[sites.get(exchanges[node.name].sources[0], upcoming)] += exchanges[node.name].bytes
         upcoming = sites.get(node.name, upcoming - 1) + 1
     rows = []
     for planned, size in zip(graph.plan.sites, moved, strict=False):

@@ -4,6 +4,7 @@
     find_mixers         without one: what else mixes a sequence         (analysis)
     propagate           a placement for every value                     (analysis)
     insert_collectives  the plan written into the graph as `sp::` ops   (transform)
+    pack_exchanges      q, k and v of a site sent in one launch         (transform)
 
 An analysis returns frozen dataclasses; a transform takes a graph and a plan and returns a new graph.
 """
@@ -13,7 +14,8 @@ if __name__ == "passes":
 
 from sp_compile.passes.find_attention import find_attention
 from sp_compile.passes.find_mixers import find_mixers
-from sp_compile.passes.insert_collectives import ShardedGraph, insert_collectives
+from sp_compile.passes.insert_collectives import insert_collectives
+from sp_compile.passes.pack_exchanges import pack_exchanges
 from sp_compile.passes.propagate import propagate
 
-__all__ = ["ShardedGraph", "find_attention", "find_mixers", "insert_collectives", "propagate"]
+__all__ = ["find_attention", "find_mixers", "insert_collectives", "pack_exchanges", "propagate"]

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from operator import getitem
 from typing import Any
 
@@ -32,7 +31,8 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from sp_compile.config import SequenceParallelConfig
 from sp_compile.graph import GraphRules, is_tensor, op_of, source_of
-from sp_compile.plan import ShardingPlan, SitePlan
+from sp_compile.ops import MOVING_OPS
+from sp_compile.plan import ShardedGraph, ShardingPlan, SitePlan
 from sp_compile.rule import OpCall, argument_defaults, in_order
 from sp_compile.sharding import (
     REPLICATED,
@@ -49,24 +49,6 @@ from sp_compile.sharding import (
 aten = torch.ops.aten
 RANK = "sp_rank"
 _KEPT = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id")
-_MOVING = ("sp::all_to_all", "sp::all_to_all_kv", "sp::all_gather", "sp::all_reduce", "sp::select_rows")
-
-
-@dataclass(frozen=True)
-class ShardedGraph:
-    """The rewritten graph: Dynamo's placeholders and then `sp_rank`, int64 `[1]`; Dynamo's outputs.
-
-    Of each output that leaves as a shard, a mask of the rows that are no padding follows behind, bool `[local]`.
-    """
-
-    graph_module: fx.GraphModule
-    origins: Mapping[str, str]
-    """Which captured node each node stands for, or was made for, by name."""
-    outputs: tuple[Placement, ...]
-    """How each output leaves the graph: Replicated unless shards were asked for."""
-    values: tuple[tuple[str, str, Placement], ...]
-    """(node, captured node whose value it holds, in which placement), by name: where an op made it, and wherever it was
-    brought to; in the order of the graph."""
 
 
 def insert_collectives(
@@ -386,8 +368,7 @@ class _Writer:
             node = self.graph.call_function(target, args, kwargs)
         if origin is not None:
             # What was received is saved: a checkpointed region is computed again in backward, not sent for again.
-            moves = isinstance(target, torch._ops.OpOverload) and target._schema.name in _MOVING
-            kept = _KEPT[:2] if moves else _KEPT
+            kept = _KEPT[:2] if target in MOVING_OPS else _KEPT
             node.meta = {key: origin.meta[key] for key in kept if key in origin.meta}
             self.origins[node.name] = origin.name
         return node

@@ -29,8 +29,8 @@ from .graph import GraphRules
 from .group import current_epoch, cuts_graphs_for_ddp, rank_tensor, resolve_group
 from .guard import guard_graph
 from .ops import LOWERING_VERSION
-from .passes import ShardedGraph, find_attention, find_mixers, insert_collectives, propagate
-from .plan import AttentionSite, Fallback, ShardingPlan
+from .passes import find_attention, find_mixers, insert_collectives, pack_exchanges, propagate
+from .plan import AttentionSite, Fallback, ShardedGraph, ShardingPlan
 from .rules import stays_whole
 from .sharding import Placement, Sharded
 
@@ -104,7 +104,9 @@ def _compile(
         unsharded = record_unsharded(captured, planned.plan, "nothing to shard")
         log_summary(unsharded.name, planned.rules, planned.plan, None, planned.seconds)
         return _compile_inner(config, gm, example_inputs)
-    rewritten = record(gm, captured, planned.rules, planned.sites, planned.plan, sharded, config.dump)
+    rewritten = record(
+        gm, captured, planned.rules, planned.sites, planned.plan, planned.unpacked or sharded, sharded, config.dump
+    )
     log_summary(rewritten.name, planned.rules, planned.plan, sharded, planned.seconds)
     rank = rank_tensor(group, _device(example_inputs))
     with torch.compiler.config.patch(cache_key_tag=_cache_key_tag(group)):  # type: ignore[attr-defined]
@@ -127,8 +129,10 @@ class PlannedGraph:
     rules: GraphRules
     sites: tuple[AttentionSite, ...]
     plan: ShardingPlan
+    unpacked: ShardedGraph | None
+    """As `insert_collectives` wrote it. None: there is nothing to shard."""
     sharded: ShardedGraph | None
-    """None: there is nothing to shard."""
+    """As it is compiled."""
     seconds: Mapping[str, float]
     """What each pass took."""
 
@@ -143,12 +147,13 @@ def plan_graph(
     sites = clock.time("find_attention", find_attention, rules)
     mixers = () if sites else clock.time("find_mixers", find_mixers, rules)
     plan = clock.time("propagate", propagate, rules, sites, mixers, parts, config.attention)
-    sharded = None
+    unpacked = sharded = None
     if plan.shards:
         module = captured.graph_module
-        sharded = clock.time("insert_collectives", insert_collectives, module, rules, plan, group_name, config)
-        clock.time("local_values", _set_local_values, sharded.graph_module, captured)
-    return PlannedGraph(captured, rules, sites, plan, sharded, clock.seconds)
+        unpacked = clock.time("insert_collectives", insert_collectives, module, rules, plan, group_name, config)
+        clock.time("local_values", _set_local_values, unpacked.graph_module, captured)
+        sharded = clock.time("pack_exchanges", pack_exchanges, unpacked)
+    return PlannedGraph(captured, rules, sites, plan, unpacked, sharded, clock.seconds)
 
 
 class _Clock:

@@ -4,6 +4,7 @@ Received, own block and padding excluded, for a value of `n` bytes in all on P r
 
     all_to_all                  n (P - 1) / P^2      from one dimension to another
     all_to_all_kv               m n / G (P - 1) / P  m of G KV heads, as many as the neediest rank reads
+    all_to_all_packed           the sum of those that it packs
     all_gather                  n (P - 1) / P
     all_reduce, select_rows     2 n (P - 1) / P      the ring of Rabenseifner (2004): reduce-scatter and all-gather
 
@@ -31,13 +32,14 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from .graph import GraphRules, operand_nodes
+from .ops import KVExchange, read_exchange
 from .plan import ShardingPlan
 
 aten = torch.ops.aten
 
 # The position of the first argument of the layout along which the value is whole before or after.
 _SHARDED = {"all_to_all": 1, "all_to_all_kv": 2, "all_gather": 2, "shard": 2}
-_MOVING = ("all_to_all", "all_to_all_kv", "all_gather")
+_MOVING = ("all_to_all", "all_to_all_kv", "all_to_all_packed", "all_gather")
 _SUMMED = ("all_reduce", "select_rows")
 
 
@@ -48,8 +50,8 @@ class Collective:
     name: str
     """The node, called by its role: `gather_seq_scatter_heads_q`."""
     op: str
-    source: str
-    """The node that it moves."""
+    sources: tuple[str, ...]
+    """The nodes that it moves."""
     bytes: int
     """What each rank receives, own block and padding excluded."""
 
@@ -62,8 +64,14 @@ def collectives(graph: fx.Graph, parts: int) -> tuple[Collective, ...]:
         if op in _MOVING or op in _SUMMED:
             summed = op in _SUMMED
             moved = received(_transported(node), True, parts) if summed else shared_bytes(node, parts)
-            found.append(Collective(node.name, op, str(node.args[0]), moved))
+            found.append(Collective(node.name, op, tuple(map(str, sent_by(node))), moved))
     return tuple(found)
+
+
+def sent_by(node: fx.Node) -> Sequence[fx.Node]:
+    """The values that a collective sends."""
+    sent: Any = node.args[0]
+    return [sent] if isinstance(sent, fx.Node) else sent
 
 
 def received(result: torch.Tensor, reduced: bool, parts: int) -> int:
@@ -84,6 +92,8 @@ def shared_bytes(node: fx.Node, parts: int) -> int:
     assert isinstance(node.target, torch._ops.OpOverload)
     op, others = node.target._opname, (parts - 1) / parts
     args: Any = node.args
+    if op == "all_to_all_packed":
+        return sum(packed_bytes(node, parts))
     dim, outer, sizes = args[_SHARDED[op] :][:3]
     local = args[0].meta["val"] if op != "shard" else node.meta["val"]
     whole = _bytes(local) * _int(outer) * sum(map(_int, sizes)) // max(_int(local.shape[dim]), 1)
@@ -94,6 +104,22 @@ def shared_bytes(node: fx.Node, parts: int) -> int:
     head_dim, query_heads = args[6:8]
     heads = _int(local.shape[head_dim])
     return round(whole * _heads_read(query_heads, heads, parts) / heads * others)
+
+
+def packed_bytes(node: fx.Node, parts: int) -> list[int]:
+    """`shared_bytes` of each value that an `all_to_all_packed` sends."""
+    tensors: Any
+    numbers: Any
+    tensors, _, numbers = node.args[:3]
+    left, found = map(_int, numbers), []
+    for tensor in tensors:
+        local = tensor.meta["val"]
+        exchange = read_exchange(left, local, parts)
+        rows = exchange.gather.outer * exchange.gather.rows
+        whole = _bytes(local) * rows // max(_int(local.shape[exchange.gather.dim]), 1)
+        share = exchange.heads.width / exchange.heads.kv_heads if isinstance(exchange, KVExchange) else 1 / parts
+        found.append(round(whole * share * (parts - 1) / parts))
+    return found
 
 
 @dataclass(frozen=True)

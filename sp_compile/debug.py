@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import operator
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -28,8 +29,8 @@ from torch.utils._dtype_abbrs import dtype_abbrs
 from .cost import Collective, collectives, planned_flops
 from .errors import user_line
 from .graph import GraphRules
-from .passes import ShardedGraph
-from .plan import AttentionSite, ShardingPlan
+from .ops import ShardedDim
+from .plan import AttentionSite, ShardedGraph, ShardingPlan
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ def record(
     rules: GraphRules,
     sites: Sequence[AttentionSite],
     plan: ShardingPlan,
+    unpacked: ShardedGraph,
     sharded: ShardedGraph,
     dump: str | os.PathLike[str] | None,
 ) -> RewrittenGraph:
@@ -108,7 +110,10 @@ def record(
         ("capture", format_graph(captured)),
         ("find_attention", "\n".join(_format_site(site, rules) for site in sites) or "no attention"),
         ("propagate", format_graph(captured, partial(_placement, plan))),
-        ("insert_collectives", format_graph(sharded.graph_module, origin=sharded.origins, whole=shapes)),
+        *(
+            (name, format_graph(each.graph_module, origin=each.origins, whole=shapes))
+            for name, each in (("insert_collectives", unpacked), ("pack_exchanges", sharded))
+        ),
     )
     for number, (stage, text) in enumerate(stages):
         title = f"{name}.{number}_{stage}"
@@ -124,9 +129,7 @@ def record(
         # An analysis leaves the graph as it is: its diff is what it noted of it.
         in_site = {node: f"site {number}" for number, site in enumerate(sites) for node in site.nodes}
         found = format_graph(captured, lambda node: in_site.get(node, ""))
-        (_, whole), _, (_, placed), (_, rewritten) = stages
-        graphs = [("dynamo", format_graph(given)), ("capture", whole), ("find_attention", found)]
-        graphs += [("propagate", placed), ("insert_collectives", rewritten)]
+        graphs = [("dynamo", format_graph(given)), stages[0], ("find_attention", found), *stages[2:]]
         for number, (stage, text) in enumerate(stages):
             (before, old), (after, new) = graphs[number : number + 2]
             difference = unified_diff(old.splitlines(), new.splitlines(), before, after, lineterm="")
@@ -231,6 +234,9 @@ def _call(node: fx.Node) -> str:
             continue
         if by_name and name.endswith("dim") and f"{name[:-3]}sizes" in given:
             words.append(_layout(given, name[:-3]))
+        elif by_name and name == "exchanges":
+            numbers: Any = given["exchanges"]
+            words += _exchanges(numbers)
         elif argument.kwarg_only or argument.has_default_value():
             words.append(f"{name}={_format(given[name])}")
         else:
@@ -240,16 +246,32 @@ def _call(node: fx.Node) -> str:
 
 def _layout(given: Mapping[str, Any], prefix: str) -> str:
     """The arguments of a layout as the placement that they are, `S(2: 32)`."""
-    sizes, granules = given[f"{prefix}sizes"], given[f"{prefix}granules"]
-    windows = given.get(f"{prefix}windows") or [0] * 2 * len(sizes)
-    segments = zip(sizes, granules, windows[::2], windows[1::2], strict=True)
+    dim, outer, sizes, granules = (given[f"{prefix}{name}"] for name in ("dim", "outer", "sizes", "granules"))
+    layout = ShardedDim(dim, outer, sizes, granules, given.get(f"{prefix}windows", ()))
+    return f"{prefix.replace('_', ' ')}{_placed(layout)}"
+
+
+def _exchanges(numbers: Sequence[Any]) -> list[str]:
+    """Those of `all_to_all_packed`, as those of the ops that it packs."""
+    left, words = iter(numbers), []
+    for layout in iter(lambda: ShardedDim.read(left) if operator.length_hint(left) else None, None):
+        assert layout is not None
+        to_query_heads = next(left)
+        target = f"{next(left)}, {next(left)}" if to_query_heads else f"scatter {_placed(ShardedDim.read(left))}"
+        words.append(f"gather {_placed(layout)} {target}")
+    return words
+
+
+def _placed(layout: ShardedDim) -> str:
+    windows = layout.windows or [0] * 2 * len(layout.sizes)
+    segments = zip(layout.sizes, layout.granules, windows[::2], windows[1::2], strict=True)
     rows = [
         (f"{size}" if granule == 1 else f"{size}/{granule}")
         + (f"[{before}:-{after}]" if (before, after) != (0, 0) else "")
         for size, granule, before, after in segments
     ]
-    outer = "" if given[f"{prefix}outer"] == 1 else f"{given[f'{prefix}outer']}x"
-    return f"{prefix.replace('_', ' ')}S({given[f'{prefix}dim']}: {outer}{'+'.join(rows)})"
+    outer = "" if layout.outer == 1 else f"{layout.outer}x"
+    return f"S({layout.dim}: {outer}{'+'.join(rows)})"
 
 
 def _format(argument: Any) -> str:

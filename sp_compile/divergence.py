@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .comparison import is_rounding, nudged, on_rank, relative_error, scale_of
+from .cost import sent_by
 from .debug import RewrittenGraph
 from .errors import user_line
 from .graph import source_of
@@ -282,6 +283,9 @@ class _Pair:
         """Where a value was brought from: the node that held it before, and the first one on the way."""
         node = self.ranks.nodes[name]
         while node.op == "call_function":
+            source, at = source_of(node)
+            if source.target is torch.ops.sp.all_to_all_packed.default and source is not node:
+                return sent_by(source)[at].name, source.name
             before = next((each.name for each in node.all_input_nodes if each.name in holders), None)
             if before is not None:
                 return before, node.name

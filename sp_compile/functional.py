@@ -204,7 +204,7 @@ def _dims(x: Tensor, **dims: int) -> list[int]:
 
 def _all_to_all(x: Tensor, gather_dim: int, scatter_dim: int, place: _Place) -> Tensor:
     gather, scatter = _lengths(x, gather_dim, place.parts), _lengths(x, scatter_dim)
-    result: Tensor = _sp.all_to_all(x, gather_dim, *gather, scatter_dim, *scatter, place.group)
+    result: Tensor = _sp.all_to_all(x, gather_dim, *gather, scatter_dim, *scatter, place.group).contiguous()
     return result
 
 

@@ -28,7 +28,7 @@ nothing here asks whether P divides one of them, unless they are plain ints.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -38,12 +38,12 @@ from torch.distributed.distributed_c10d import GroupName, _get_group_size_by_nam
 from sp_compile.errors import SequenceParallelError
 from sp_compile.sharding import block_rows
 
-LOWERING_VERSION = 4
+LOWERING_VERSION = 5
 """Part of every compile cache key: raise it whenever what an op lowers to changes."""
 
 _collectives = torch.ops._c10d_functional
 _library = torch.library.Library("sp", "DEF")
-_Kernel = TypeVar("_Kernel", bound=Callable[..., Tensor])
+_Kernel = TypeVar("_Kernel", bound=Callable[..., "Tensor | list[Tensor]"])
 Sizes: TypeAlias = Sequence[int]
 
 # What every transport takes, gloo too; anything else travels as a view of its bytes.
@@ -61,6 +61,18 @@ class ShardedDim(NamedTuple):
     sizes: Sizes
     granules: Sizes
     windows: Sizes = ()
+
+    @staticmethod
+    def read(numbers: Iterator[int]) -> ShardedDim:
+        """The layout that `written` wrote."""
+        dim, outer, segments, windows = (next(numbers) for _ in range(4))
+        sizes, granules, gone = ([next(numbers) for _ in range(n)] for n in (segments, segments, windows))
+        return ShardedDim(dim, outer, sizes, granules, gone)
+
+    def written(self) -> list[int]:
+        """As one row of numbers, for a list of layouts among the arguments of an op."""
+        counts = [self.dim, self.outer, len(self.sizes), len(self.windows)]
+        return [*counts, *self.sizes, *self.granules, *self.windows]
 
     @property
     def rows(self) -> int:
@@ -91,6 +103,14 @@ class ShardedDim(NamedTuple):
         size, granule = self.sizes[0], self.granules[0]
         known = len(self.sizes) == 1 and not self.windows and isinstance(size, int) and isinstance(granule, int)
         return known and size % (granule * parts) == 0
+
+    def is_a_run(self) -> bool:
+        """One segment of known size: its real rows are a run of the blocks laid end to end."""
+        return (
+            len(self.sizes) == 1
+            and all(isinstance(n, int) for n in (self.outer, *self.sizes, *self.windows))
+            and (self.outer == 1)
+        )
 
 
 class _Function(torch.autograd.Function):
@@ -247,13 +267,25 @@ def _start_exchange(x: Tensor, scatter: ShardedDim, group: str, zero: bool) -> T
     return received
 
 
-def _exchange(x: Tensor, gather: ShardedDim, scatter: ShardedDim, group: str, zero: bool) -> Tensor:
-    """Local along `gather`, whole along `scatter` -> the reverse, by equal parts."""
-    received = _start_exchange(x, scatter, group, zero)
-    return _join(_collectives.wait_tensor(received), gather, _group_size(group))
+def _sent_together(pieces: Sequence[Tensor], group: str) -> list[Tensor]:
+    """`[P, ..]` each, a piece for every rank -> a piece from every rank: one launch for each dtype."""
+    ones = [1] * _group_size(group)
+    alike = {x.dtype: [at for at, other in enumerate(pieces) if other.dtype == x.dtype] for x in pieces}
+    started = []
+    for members in alike.values():
+        rows = [pieces[at].flatten(1) for at in members]
+        sent = torch.cat(rows, 1) if len(rows) > 1 else rows[0].contiguous()
+        packed = _collectives.all_to_all_single(sent, ones, ones, group)
+        started.append((members, [row.shape[1] for row in rows], packed))
+    received = list(pieces)
+    for members, widths, packed in started:
+        rows = _collectives.wait_tensor(packed).split(widths, 1)
+        for at, row in zip(members, rows, strict=True):
+            received[at] = row.view(pieces[at].shape)
+    return received
 
 
-def _as_transported(x: Tensor) -> Tensor:
+def as_transported(x: Tensor) -> Tensor:
     """`x`, or a view of its bytes, a new last dimension, if transports refuse it."""
     if x.dtype in _TRANSPORTED:
         return x
@@ -262,12 +294,12 @@ def _as_transported(x: Tensor) -> Tensor:
 
 
 def _as_before(data: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of `_as_transported`."""
+    """The inverse of `as_transported`."""
     return data if dtype in _TRANSPORTED else data.contiguous().view(dtype).squeeze(-1)
 
 
 def _moved(move: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return _as_before(move(_as_transported(x)), x.dtype)
+    return _as_before(move(as_transported(x)), x.dtype)
 
 
 def _all_reduce(x: Tensor, kind: str, group: str) -> Tensor:
@@ -322,22 +354,73 @@ class _AllGather(_Function):
         return _Shard.run(grad, *ctx.saved_tensors, ctx.layout, ctx.group, True), *[None] * 3
 
 
+class Exchange(NamedTuple):
+    """Local along `gather`, whole along `scatter` -> the reverse, by equal parts."""
+
+    gather: ShardedDim
+    scatter: ShardedDim
+    zero: bool = False
+    """Pad with zeros, as gradients are."""
+
+    def cut(self, x: Tensor, rank: Tensor | None, parts: int) -> Tensor:
+        """`[P, g, ..]`: pieces with their rows of the gathered dimension first, to be laid end to end as they come."""
+        return _cut_for_all(as_transported(x), self.scatter, parts, self.zero).movedim(self.gather.dim + 1, 1)
+
+    def join(self, pieces: Tensor, rank: Tensor | None, parts: int, dtype: torch.dtype) -> Tensor:
+        """The real rows of the gathered dimension: where they are a run a view of the pieces, no copy."""
+        gather = self.gather
+        if gather.is_a_run():
+            rows = pieces.flatten(0, 1).narrow(0, gather.before[0], gather.sizes[0]).movedim(0, gather.dim)
+        else:
+            rows = _join(pieces.movedim(1, gather.dim + 1), gather, parts)
+        return _as_before(rows, dtype)
+
+    def back(self) -> Exchange:
+        return Exchange(self.scatter, self.gather, True)
+
+
 class _AllToAll(_Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gather: ShardedDim, scatter: ShardedDim, group: str, zero: bool = False) -> Tensor:
-        ctx.gather, ctx.scatter, ctx.group = gather, scatter, group
-        return _moved(lambda t: _exchange(t, gather, scatter, group, zero), x)
+    """Some exchanges at once. What has no gradient, or takes none, is not sent in backward."""
+
+    @classmethod
+    def of(
+        cls, exchanges: Sequence[Exchange | KVExchange | _KVReturn], rank: Tensor | None, group: str, *xs: Tensor
+    ) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = cls.apply(exchanges, rank, group, *xs)  # type: ignore[no-untyped-call]
+        return results
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _AllToAll.run(grad, ctx.scatter, ctx.gather, ctx.group, True), *[None] * 4
+    def forward(
+        ctx: Any, exchanges: Sequence[Any], rank: Tensor | None, group: str, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(rank)
+        ctx.exchanges, ctx.group, parts = exchanges, group, _group_size(group)
+        ctx.set_materialize_grads(False)
+        pairs = [*zip(exchanges, tensors, strict=True)]
+        received = _sent_together([each.cut(x, rank, parts) for each, x in pairs], group)
+        results = [each.join(pieces, rank, parts, x.dtype) for (each, x), pieces in zip(pairs, received, strict=True)]
+        trained = ctx.needs_input_grad[3:]
+        ctx.mark_non_differentiable(*(y for y, needed in zip(results, trained, strict=True) if not needed))
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (rank,) = ctx.saved_tensors
+        at = [index for index, grad in enumerate(grads) if grad is not None]
+        sent: list[Tensor | None] = [None] * len(grads)
+        if at:
+            back = tuple(ctx.exchanges[index].back() for index in at)
+            returned = _AllToAll.of(back, rank, ctx.group, *(grad for grad in grads if grad is not None))
+            for index, grad in zip(at, returned, strict=True):
+                sent[index] = grad
+        return None, None, None, *sent
 
 
 class _StartAllToAll(_Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scatter: ShardedDim, group: str, zero: bool = False) -> Tensor:
         ctx.scatter, ctx.group = scatter, group
-        return _start_exchange(_as_transported(x), scatter, group, zero)
+        return _start_exchange(as_transported(x), scatter, group, zero)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -468,28 +551,55 @@ class _KVHeads(NamedTuple):
         """Where each of my query heads finds its KV head among the `width` sent, `[per_rank]`."""
         return self.read_by(self.query(rank)) - self.read_by(rank * self.per_rank)
 
+    def without_padding(self, x: Tensor, dim: int, rank: Tensor) -> Tensor:
+        """`x` with zeros in the query heads of `rank` that are padding."""
+        return _fill(x, dim, self.query(rank) < self.query_heads)
 
-class _AllToAllKV(_Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rank: Tensor, gather: ShardedDim, dim: int, heads: _KVHeads, group: str) -> Tensor:
-        ctx.save_for_backward(rank)
-        ctx.gather, ctx.dim, ctx.heads, ctx.group = gather, dim, heads, group
 
-        def move(t: Tensor) -> Tensor:
-            sent = t.index_select(dim, heads.sent(t.device))
-            received = _exchange(sent, gather, heads.layout(dim), group, False)
-            return received.index_select(dim, heads.received(rank))
+class KVExchange(NamedTuple):
+    """Local along `gather`, whole KV heads along `dim` -> the whole of `gather`, the KV head of each query head."""
 
-        return _moved(move, x)
+    gather: ShardedDim
+    dim: int
+    heads: _KVHeads
+    zero: bool = False
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (rank,) = ctx.saved_tensors
-        dim, heads = ctx.dim, ctx.heads
-        grad = _fill(grad, dim, heads.query(rank) < heads.query_heads)
-        received = _sum_rows(grad, dim, heads.received(rank), heads.width)
-        sent = _AllToAll.run(received, heads.layout(dim), ctx.gather, ctx.group, True)
-        return _sum_rows(sent, dim, heads.sent(sent.device), heads.kv_heads), *[None] * 5
+    def cut(self, x: Tensor, rank: Tensor | None, parts: int) -> Tensor:
+        sent = _moved(lambda t: t.index_select(self.dim, self.heads.sent(t.device)), x)
+        return Exchange(self.gather, self.heads.layout(self.dim)).cut(sent, rank, parts)
+
+    def join(self, pieces: Tensor, rank: Tensor | None, parts: int, dtype: torch.dtype) -> Tensor:
+        assert rank is not None
+        received = Exchange(self.gather, self.heads.layout(self.dim)).join(pieces, rank, parts, dtype)
+        heads = _moved(lambda t: t.index_select(self.dim, self.heads.received(rank)), received)
+        return self.heads.without_padding(heads, self.dim, rank) if self.zero else heads
+
+    def back(self) -> _KVReturn:
+        return _KVReturn(self.gather, self.dim, self.heads)
+
+
+class _KVReturn(NamedTuple):
+    """The way back: gradients of my query heads -> those of all KV heads, summed over the query heads of each."""
+
+    gather: ShardedDim
+    dim: int
+    heads: _KVHeads
+
+    @property
+    def exchange(self) -> Exchange:
+        return Exchange(self.heads.layout(self.dim), self.gather, True)
+
+    def cut(self, grad: Tensor, rank: Tensor | None, parts: int) -> Tensor:
+        assert rank is not None
+        grad = self.heads.without_padding(grad, self.dim, rank)
+        return self.exchange.cut(_sum_rows(grad, self.dim, self.heads.received(rank), self.heads.width), rank, parts)
+
+    def join(self, pieces: Tensor, rank: Tensor | None, parts: int, dtype: torch.dtype) -> Tensor:
+        sent = self.exchange.join(pieces, rank, parts, dtype)
+        return _sum_rows(sent, self.dim, self.heads.sent(sent.device), self.heads.kv_heads)
+
+    def back(self) -> KVExchange:
+        return KVExchange(self.gather, self.dim, self.heads, True)
 
 
 _LAYOUT = "int dim, SymInt outer, SymInt[] sizes, SymInt[] granules"
@@ -548,7 +658,8 @@ def all_to_all(
     gather = _layout(x, gather_dim, gather_outer, gather_sizes, gather_granules, gather_windows, parts)
     scatter = _layout(x, scatter_dim, scatter_outer, scatter_sizes, scatter_granules, scatter_windows)
     _check_distinct(x, gather.dim, scatter.dim)
-    return _AllToAll.run(x, gather, scatter, group)
+    (result,) = _AllToAll.of((Exchange(gather, scatter),), None, group, x)
+    return result
 
 
 @_op(f"start_all_to_all(Tensor x, {_SCATTER}, str group) -> Tensor")
@@ -723,4 +834,45 @@ def all_to_all_kv(
             f"{query_heads} query heads cannot share the {heads.kv_heads} KV heads in dimension "
             f"{dim} of {list(x.shape)} evenly: give a multiple"
         )
-    return _AllToAllKV.run(x, rank, gather, dim, heads, group)
+    (result,) = _AllToAll.of((KVExchange(gather, dim, heads),), rank, group, x)
+    return result
+
+
+@_op("all_to_all_packed(Tensor[] tensors, Tensor rank, SymInt[] exchanges, str group) -> Tensor[]")
+def all_to_all_packed(tensors: Sequence[Tensor], rank: Tensor, exchanges: Sizes, group: str) -> list[Tensor]:
+    """Several `all_to_all` and `all_to_all_kv` of one moment in one launch (one for each dtype), backward too.
+
+    `exchanges` has for each tensor what `packed_exchange` wrote. Backward sends the gradients that there are, of
+    tensors that take one.
+    """
+    numbers, parts = iter(exchanges), _group_size(group)
+    moves = [read_exchange(numbers, x, parts) for x in tensors]
+    return list(_AllToAll.of(moves, rank, group, *tensors))
+
+
+def packed_exchange(op: torch._ops.OpOverload, arguments: Mapping[str, Any]) -> list[Any]:
+    """The arguments of an `all_to_all` or `all_to_all_kv` as numbers among those of `all_to_all_packed`."""
+
+    def layout(side: str) -> ShardedDim:
+        dim, outer, sizes, granules = (arguments[f"{side}_{name}"] for name in ("dim", "outer", "sizes", "granules"))
+        return ShardedDim(dim, outer, sizes, granules, arguments.get(f"{side}_windows", ()))
+
+    if op is torch.ops.sp.all_to_all_kv.default:
+        return [*layout("gather").written(), 1, arguments["head_dim"], arguments["query_heads"]]
+    return [*layout("gather").written(), 0, *layout("scatter").written()]
+
+
+def read_exchange(numbers: Iterator[int], x: Tensor, parts: int) -> Exchange | KVExchange:
+    """What `packed_exchange` wrote, of one tensor."""
+    gather = ShardedDim.read(numbers)
+    if next(numbers):
+        dim, query_heads = next(numbers), next(numbers)
+        return KVExchange(gather, dim, _KVHeads(x.shape[dim], query_heads, parts))
+    return Exchange(gather, ShardedDim.read(numbers))
+
+
+MOVING_OPS = frozenset(
+    getattr(torch.ops.sp, name).default
+    for name in ("all_to_all", "all_to_all_kv", "all_to_all_packed", "all_gather", "all_reduce", "select_rows")
+)
+"""The ops that launch a collective forward."""

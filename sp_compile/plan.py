@@ -1,4 +1,4 @@
-"""What the analyses hand over: attention sites, and the sharding plan. Frozen, and printed as they are."""
+"""What passes hand over: attention sites, the sharding plan, the rewritten graph. Frozen, and printed as they are."""
 
 from __future__ import annotations
 
@@ -95,3 +95,20 @@ class ShardingPlan:
     def shards(self) -> bool:
         """Whether anything is sharded at all."""
         return any(plan.sharding is not None for plan in self.nodes.values())
+
+
+@dataclass(frozen=True)
+class ShardedGraph:
+    """The rewritten graph: Dynamo's placeholders and then `sp_rank`, int64 `[1]`; Dynamo's outputs.
+
+    Of each output that leaves as a shard, a mask of the rows that are no padding follows behind, bool `[local]`.
+    """
+
+    graph_module: fx.GraphModule
+    origins: Mapping[str, str]
+    """Which captured node each node stands for, or was made for, by name."""
+    outputs: tuple[Placement, ...]
+    """How each output leaves the graph: Replicated unless shards were asked for."""
+    values: tuple[tuple[str, str, Placement], ...]
+    """(node, captured node whose value it holds, in which placement), by name: where an op made it, and wherever it was
+    brought to; in the order of the graph."""

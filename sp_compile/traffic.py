@@ -24,7 +24,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .cost import received, shared_bytes
+from .cost import packed_bytes, received, sent_by, shared_bytes
+from .ops import as_transported
 
 _LABEL = "sp_compile.traffic"
 _KINDS = ("all_reduce", "all_gather_into_tensor", "all_to_all_single")
@@ -89,6 +90,8 @@ class _Counter(TorchDispatchMode):
         self.running = ""
         self.backward = False
         self.found: dict[str, Traffic] = {}
+        self.trained: set[str] = set()
+        """The values that a gradient goes to, of those that are sent."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -110,7 +113,15 @@ class _Counter(TorchDispatchMode):
         padded = received(result, kind == "all_reduce", self.parts)
         noted.padded[self.backward] += padded
         # Nothing that is reduced over ranks has padding.
-        noted.bytes[self.backward] += padded if kind == "all_reduce" else shared_bytes(node, self.parts)
+        noted.bytes[self.backward] += padded if kind == "all_reduce" else self._without_padding(node, result)
+
+    def _without_padding(self, node: fx.Node, result: Tensor) -> int:
+        """Of several values that are sent together each dtype is one launch, and backward sends some of them."""
+        if node.target is not torch.ops.sp.all_to_all_packed.default:
+            return shared_bytes(node, self.parts)
+        sizes = zip(sent_by(node), packed_bytes(node, self.parts), strict=True)
+        alike = [(value, size) for value, size in sizes if as_transported(value.meta["val"]).dtype == result.dtype]
+        return sum(size for value, size in alike if not self.backward or value.name in self.trained)
 
 
 class _Run(fx.Interpreter):
@@ -128,9 +139,11 @@ class _Run(fx.Interpreter):
         if getattr(n.target, "namespace", "") != "sp":
             return super().run_node(n)
         self.counter.running = n.name
-        before = {self.env[each].grad_fn for each in n.all_input_nodes if isinstance(self.env[each], Tensor)}
+        operands = [(each, self.env[each]) for each in n.all_input_nodes if isinstance(self.env[each], Tensor)]
+        self.counter.trained |= {each.name for each, value in operands if value.requires_grad}
+        before = {value.grad_fn for _, value in operands}
         result = super().run_node(n)
-        left = [result.grad_fn]
+        left = [each.grad_fn for each in pytree.tree_leaves(result)]
         while left:
             recorded = left.pop()
             if recorded is not None and recorded not in before and _LABEL not in recorded.metadata:

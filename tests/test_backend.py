@@ -33,8 +33,7 @@ from .equivalence import assert_equivalent, collectives, differences, run_simula
 from .models import MODELS, gpt2, inputs_of, llama
 from .test_passes import Block
 
-LAYER = ["gather_seq_scatter_heads_q", "gather_seq_scatter_heads_k", "gather_seq_scatter_heads_v"]
-LAYER += ["gather_heads_scatter_seq"]
+LAYER = ["gather_seq_scatter_heads_qkv", "gather_heads_scatter_seq"]
 
 
 def tokens(*shape: int) -> Tensor:
@@ -80,7 +79,7 @@ def test_model(name: str, parts: int, length: int) -> None:
     model = MODELS[name]().double()
     (graph,) = assert_equivalent(model, (), inputs_of(name, length, torch.float64), parts=parts, tolerance=1e-6)
     moved = collectives(graph)
-    assert len([m for m in moved if m.startswith(tuple(LAYER))]) == 8
+    assert len([m for m in moved if m.startswith(tuple(LAYER))]) == 4
     assert not [m for m in moved if m.startswith("all_gather")]
     assert not graph.plan.fallbacks
 
@@ -143,7 +142,7 @@ class Weights(nn.Module):
 
 def test_multihead_attention_with_weights() -> None:
     (graph,) = assert_equivalent(Weights().double(), (tokens(2, 7, 12),), parts=2)
-    assert collectives(graph)[:3] == LAYER[:3]
+    assert collectives(graph)[:1] == LAYER[:1]
 
 
 @pytest.mark.parametrize("attention", ["ulysses", "all_gather_kv", "replicate"])
@@ -274,11 +273,8 @@ def _no_sum(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return grad, None
 
 
-def _repeating(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def exchange(x: Tensor, gather: Any, scatter: Any, group: str, zero: bool) -> Tensor:
-        return kernel(x, gather, scatter, group, False)
-
-    return exchange
+def _repeating(exchange: ops.Exchange) -> ops.Exchange:
+    return ops.Exchange(exchange.scatter, exchange.gather)
 
 
 def _unmasked(x: Tensor, dim: int, keep: Tensor, fill: float = 0) -> Tensor:
@@ -292,7 +288,7 @@ def test_standing_controls_are_noticed(mutant: str, monkeypatch: pytest.MonkeyPa
     if mutant == "replicate backward":
         monkeypatch.setattr(ops._Replicate, "backward", staticmethod(_no_sum))
     elif mutant == "exchange backward":
-        monkeypatch.setattr(ops, "_exchange", _repeating(ops._exchange))
+        monkeypatch.setattr(ops.Exchange, "back", _repeating)
     elif mutant == "padding mask":
         monkeypatch.setattr(ops, "_fill", _unmasked)
     else:
@@ -556,12 +552,12 @@ def lowered(how: Mapping[str, Any] | None, p: float, partition: Callable[..., An
 @pytest.mark.parametrize("partition", [min_cut_rematerialization_partition, default_partition])
 def test_a_checkpointed_region_is_computed_again_and_not_sent_for_again(partition: Callable[..., Any]) -> None:
     (forward, _), plain = lowered(None, 0.0, min_cut_rematerialization_partition)
-    # q, k, v and the way home of two sites, one softmax over tokens that borrows channels and returns, one mean
-    assert forward == {"all_to_all_single": 10, "all_reduce": 1, "wait_tensor": 11}
+    # q, k and v of two sites and their way home, one softmax over tokens that borrows channels and returns, one mean
+    assert forward == {"all_to_all_single": 6, "all_reduce": 1, "wait_tensor": 7}
     for how in ({"use_reentrant": False}, {"use_reentrant": True, "preserve_rng_state": False}):
         (again, backward), saved = lowered(how, 0.1, partition)
         assert again == forward
-        assert backward["all_to_all_single"] == 10
+        assert backward["all_to_all_single"] == 6
         assert saved < plain
 
 
@@ -636,13 +632,14 @@ def test_a_graph_with_nothing_to_shard_goes_to_the_inner_backend_as_it_is() -> N
 def test_dump_and_rewritten_graphs(tmp_path: Path) -> None:
     run_simulated(Block().double(), (tokens(1, 7, 12),), parts=2, options={"dump": str(tmp_path)})
     names = sorted(path.name.split(".", 1)[1] for path in tmp_path.iterdir())
-    passes = ["0_capture", "1_find_attention", "2_propagate", "3_insert_collectives"]
+    passes = ["0_capture", "1_find_attention", "2_propagate", "3_insert_collectives", "4_pack_exchanges"]
     assert names == [f"{each}.{kind}" for each in passes for kind in ("diff", "txt")]
-    captured, found, planned, rewritten = (path.read_text() for path in sorted(tmp_path.glob("*.diff")))
+    captured, found, planned, rewritten, packed = (path.read_text() for path in sorted(tmp_path.glob("*.diff")))
     assert "-q = transpose(view, 1, 2)" in captured and "+transpose: f64[1, 4, 7, 4] = aten.transpose" in captured
     assert "+scaled_dot_product_attention: f64[1, 4, 7, 4] = aten." in found and "  # site 0" in found
     assert "+linear: f64[1, 7, 16] = aten.linear(x, q_weight, bias=q_bias)  # S(1: 7)" in planned
     assert "+slice_x: f64[1, 4 of 7, 12] = sp.shard(x, S(1: 7))" in rewritten
+    assert "+gather_seq_scatter_heads_q: f64[1, 2 of 4, 7, 4] = getitem(gather_seq_scatter_heads_qkv, 0)" in packed
     text = str(rewritten_graphs()[-1])
     assert "4 of 7" in text and "gather_seq_scatter_heads_q" in text and "test_passes.py" in text
 
@@ -652,7 +649,7 @@ def test_one_line_of_information_a_graph(caplog: pytest.LogCaptureFixture) -> No
         run_simulated(Block().double(), (tokens(1, 8, 12),), parts=2)
         run_simulated(nn.Linear(12, 12).double(), (tokens(1, 1, 12),), parts=2)
     sharded, plain = [each.getMessage() for each in caplog.records if each.levelno == logging.INFO]
-    assert "on 2 ranks: attention sites: 1 ulysses; 5 collectives, " in sharded
+    assert "on 2 ranks: attention sites: 1 ulysses; 3 collectives, " in sharded
     assert "bytes received per rank, forward; 100.0% of FLOPs sharded; 0 fallbacks; planned in 0." in sharded
     assert "attention sites: none; 0 collectives, 0 bytes" in plain and "0.0% of FLOPs sharded" in plain
     assert len(caplog.records) == 2

@@ -27,7 +27,7 @@ from .equivalence import assert_equivalent, collectives, run_simulated
 from .programs import Parts, moved
 
 ULYSSES = {"all_to_all": 4, "gather_output": 1}
-LAYER = [f"gather_seq_scatter_heads_{name}" for name in "qkv"] + ["gather_heads_scatter_seq"]
+LAYER = ["gather_seq_scatter_heads_qkv", "gather_heads_scatter_seq"]
 
 
 Function = Callable[..., Any]
@@ -162,7 +162,7 @@ def test_packed_documents(documents: str, parts: int) -> None:
     inputs = tokens(bounds[-1], 12), torch.tensor(bounds)
     (graph,) = assert_equivalent(Parts(packed_block), inputs, parts=parts)
     assert not graph.plan.fallbacks and moved(graph) == ULYSSES
-    assert collectives(graph)[:4] == LAYER
+    assert collectives(graph)[:2] == LAYER
     assert [site.strategy for site in graph.plan.sites] == ["ulysses"]
 
 
@@ -208,7 +208,7 @@ def test_heads_behind_the_sequence(parts: int) -> None:
         return m.o(bshd(*qkv(m, x)).flatten(2))
 
     (graph,) = assert_equivalent(Parts(body), (tokens(1, 13, 12),), parts=parts)
-    assert not graph.plan.fallbacks and moved(graph) == ULYSSES and collectives(graph)[:4] == LAYER
+    assert not graph.plan.fallbacks and moved(graph) == ULYSSES and collectives(graph)[:2] == LAYER
 
 
 @pytest.mark.parametrize(("kv", "parts"), [(2, 2), (2, 4), (1, 2)])
@@ -226,7 +226,7 @@ def test_heads_before_the_sequence(parts: int) -> None:
         return m.o(m.join(bhsd(q, k, v)))
 
     (graph,) = assert_equivalent(Parts(body), (tokens(1, 13, 12),), parts=parts)
-    assert not graph.plan.fallbacks and moved(graph) == ULYSSES and collectives(graph)[:4] == LAYER
+    assert not graph.plan.fallbacks and moved(graph) == ULYSSES and collectives(graph)[:2] == LAYER
 
 
 @pytest.mark.parametrize("attention", ["auto", "all_gather_kv", "replicate"])
@@ -277,7 +277,7 @@ def test_the_packed_attention_of_torch(kv: int, parts: int) -> None:
         torch.compile(body, backend=partial(sp_backend, options={"inner_backend": keep}))(*inputs)
     graph = rewritten_graphs()[-1]
     assert [site.strategy for site in graph.plan.sites] == ["ulysses"] and not graph.plan.fallbacks
-    assert collectives(graph)[-4:-2] == ["gather_heads_scatter_seq", "all_to_all_getitem_1"]
+    assert collectives(graph)[-3:-2] == ["all_to_all_packed"]
     (node,) = rewritten[0].graph.find_nodes(op="call_function", target=torch.ops.torch_attn._varlen_attn.default)
     assert [value.shape for value in node.meta["val"][:2]] == [(13, -(-6 // parts), 4), (-(-6 // parts), 13)]
 

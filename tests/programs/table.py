@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sp_compile import RewrittenGraph
+from sp_compile.cost import sent_by
 
 Argument = tuple[int, ...] | Callable[[], Tensor]
 """The shape of a float64 input that needs a gradient, or what makes another input."""
@@ -127,15 +128,15 @@ def program(
 
 
 def moved(graph: RewrittenGraph) -> Counter[str]:
-    """How often each op that moves data runs; an all-gather of K or V, or of an output, goes by that name."""
+    """How many values each op moves; an all-gather of K or V, or of an output, goes by that name."""
     counts: Counter[str] = Counter()
     for node in graph.rewritten.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "sp":
-            name = node.target._opname.removesuffix("_kv")
+            name = node.target._opname.removesuffix("_kv").removesuffix("_packed")
             for role in ("gather_output", "gather_seq"):
                 if name == "all_gather" and node.name.startswith(role):
                     name = role
-            counts[name] += 1
+            counts[name] += len(sent_by(node)) if name == "all_to_all" else 1
     return Counter({name: counts[name] for name in COLLECTIVES if counts[name]})
 
 
