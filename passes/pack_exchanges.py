@@ -5,6 +5,9 @@
     v_h = sp.all_to_all_kv(v, gather S(2: 32), 1, 4)       →    q_h, k_h, v_h = qkv
     out = attention(q_h, k_h, v_h)                              out = attention(q_h, k_h, v_h)
 
+    k_w = sp.all_gather(k, S(2: 32))                       →    k_s = sp.all_gather_replicate(k, S(2: 32))
+    k_s = sp.replicate(k_w)                                     backward is one reduce-scatter
+
 An exchange joins the one before it where its operand is there when that one starts, and no other collective, gradient
 mode or autocast comes between: nothing waits longer than it did, and the order of collectives is that of the graph.
 """
@@ -25,14 +28,13 @@ from sp_compile.rule import argument_defaults
 
 sp = torch.ops.sp
 _EXCHANGES = (sp.all_to_all.default, sp.all_to_all_kv.default)
+_GATHER, _REPLICATE = sp.all_gather.default, sp.replicate.default
 
 
 def pack_exchanges(sharded: ShardedGraph) -> ShardedGraph:
     """The graph with its exchanges packed; the given one stays as it is. Local values have to be in `meta["val"]`."""
     old = sharded.graph_module.graph
     packs = {pack[0]: pack for pack in find_packs(old)}
-    if not packs:
-        return sharded
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     origins = dict(sharded.origins)
@@ -42,34 +44,52 @@ def pack_exchanges(sharded: ShardedGraph) -> ShardedGraph:
         if node in packs:
             sent = _send(graph, packs[node], copies, copies[rank])
             origins[sent.name] = origins[node.name]
+        elif node.target is _REPLICATE and node.args[0] in packed:
+            copies[node] = copies[node.args[0]]
         elif node not in packed:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.lint()
     order = {node.name: at for at, node in enumerate(graph.nodes)}
-    values = tuple(sorted(sharded.values, key=lambda held: order[held[0]]))
+    held = [each for each in sharded.values if each[0] in order]
+    values = tuple(sorted(held, key=lambda each: order[each[0]]))
     module = fx.GraphModule(sharded.graph_module, graph)
     return replace(sharded, graph_module=module, origins=origins, values=values)
 
 
 def find_packs(graph: fx.Graph) -> list[tuple[fx.Node, ...]]:
-    """The exchanges that may be one launch, two or more each, in the order of the graph."""
+    """The exchanges that may be one launch, and each gather into sharded work, in the order of the graph."""
     position = {node: at for at, node in enumerate(graph.nodes)}
     packs: list[list[fx.Node]] = []
     may_join = False
     for node in graph.nodes:
-        if node.target in _EXCHANGES:
-            if may_join and all(position[each] < position[packs[-1][0]] for each in node.all_input_nodes):
+        if node.target in _EXCHANGES or _is_replicated(node):
+            first = packs[-1][0] if may_join else node
+            early = all(position[each] < position[first] for each in node.all_input_nodes)
+            if may_join and early and first.meta.get("recompute") == node.meta.get("recompute"):
                 packs[-1].append(node)
             else:
                 packs.append([node])
             may_join = True
         elif node.target in MOVING_OPS or (node.op == "call_function" and node.meta.get("val") is None):
             may_join = False
-    return [tuple(pack) for pack in packs if len(pack) > 1]
+    return [tuple(pack) for pack in packs if len(pack) > 1 or pack[0].target is _GATHER]
+
+
+def _is_replicated(node: fx.Node) -> bool:
+    """Whether a value is gathered for sharded work alone."""
+    return node.target is _GATHER and [user.target for user in node.users] == [_REPLICATE]
 
 
 def _send(graph: fx.Graph, pack: Sequence[fx.Node], copies: dict[fx.Node, fx.Node], rank: fx.Node) -> fx.Node:
     """Write one launch for a pack, and a node of its old name for each of its members."""
+    if len(pack) == 1:
+        (gather,) = pack
+        x, _, *layout = fx.node.map_arg(gather.args, copies.__getitem__)
+        windows = fx.node.map_arg(gather.kwargs, copies.__getitem__)
+        target = sp.all_gather_replicate.default
+        alone = graph.create_node("call_function", target, (x, *layout), windows, name=gather.name)
+        alone.meta, copies[gather] = dict(gather.meta), alone
+        return alone
     numbers: list[Any] = []
     for member in pack:
         assert isinstance(member.target, torch._ops.OpOverload)

@@ -32,14 +32,14 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from .graph import GraphRules, operand_nodes
-from .ops import KVExchange, read_exchange
+from .ops import AnyExchange, GatherExchange, KVExchange, read_exchange
 from .plan import ShardingPlan
 
 aten = torch.ops.aten
 
 # The position of the first argument of the layout along which the value is whole before or after.
-_SHARDED = {"all_to_all": 1, "all_to_all_kv": 2, "all_gather": 2, "shard": 2}
-_MOVING = ("all_to_all", "all_to_all_kv", "all_to_all_packed", "all_gather")
+_SHARDED = {"all_to_all": 1, "all_to_all_kv": 2, "all_gather": 2, "all_gather_replicate": 1, "shard": 2}
+_MOVING = ("all_to_all", "all_to_all_kv", "all_to_all_packed", "all_gather", "all_gather_replicate")
 _SUMMED = ("all_reduce", "select_rows")
 
 
@@ -97,7 +97,7 @@ def shared_bytes(node: fx.Node, parts: int) -> int:
     dim, outer, sizes = args[_SHARDED[op] :][:3]
     local = args[0].meta["val"] if op != "shard" else node.meta["val"]
     whole = _bytes(local) * _int(outer) * sum(map(_int, sizes)) // max(_int(local.shape[dim]), 1)
-    if op in ("all_gather", "shard"):
+    if op in ("all_gather", "all_gather_replicate", "shard"):
         return round(whole * others)
     if op == "all_to_all":
         return round(whole * others / parts)
@@ -106,18 +106,23 @@ def shared_bytes(node: fx.Node, parts: int) -> int:
     return round(whole * _heads_read(query_heads, heads, parts) / heads * others)
 
 
+def packed_exchanges(node: fx.Node, parts: int) -> list[tuple[fx.Node, AnyExchange]]:
+    """The values that an `all_to_all_packed` sends, and how."""
+    numbers: Any = node.args[2]
+    left = map(_int, numbers)
+    return [(sent, read_exchange(left, sent.meta["val"], parts)) for sent in sent_by(node)]
+
+
 def packed_bytes(node: fx.Node, parts: int) -> list[int]:
     """`shared_bytes` of each value that an `all_to_all_packed` sends."""
-    tensors: Any
-    numbers: Any
-    tensors, _, numbers = node.args[:3]
-    left, found = map(_int, numbers), []
-    for tensor in tensors:
-        local = tensor.meta["val"]
-        exchange = read_exchange(left, local, parts)
+    found = []
+    for sent, exchange in packed_exchanges(node, parts):
+        local = sent.meta["val"]
         rows = exchange.gather.outer * exchange.gather.rows
         whole = _bytes(local) * rows // max(_int(local.shape[exchange.gather.dim]), 1)
-        share = exchange.heads.width / exchange.heads.kv_heads if isinstance(exchange, KVExchange) else 1 / parts
+        share = 1.0 if isinstance(exchange, GatherExchange) else 1 / parts
+        if isinstance(exchange, KVExchange):
+            share = exchange.heads.width / exchange.heads.kv_heads
         found.append(round(whole * share * (parts - 1) / parts))
     return found
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import operator
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +28,7 @@ from torch.utils._dtype_abbrs import dtype_abbrs
 from .cost import Collective, collectives, planned_flops
 from .errors import user_line
 from .graph import GraphRules
-from .ops import ShardedDim
+from .ops import PACKED, ShardedDim
 from .plan import AttentionSite, ShardedGraph, ShardingPlan
 
 log = logging.getLogger(__name__)
@@ -254,11 +253,12 @@ def _layout(given: Mapping[str, Any], prefix: str) -> str:
 def _exchanges(numbers: Sequence[Any]) -> list[str]:
     """Those of `all_to_all_packed`, as those of the ops that it packs."""
     left, words = iter(numbers), []
-    for layout in iter(lambda: ShardedDim.read(left) if operator.length_hint(left) else None, None):
-        assert layout is not None
-        to_query_heads = next(left)
-        target = f"{next(left)}, {next(left)}" if to_query_heads else f"scatter {_placed(ShardedDim.read(left))}"
-        words.append(f"gather {_placed(layout)} {target}")
+    for kind in left:
+        words.append(f"gather {_placed(ShardedDim.read(left))}")
+        if PACKED[kind] == "all_to_all":
+            words[-1] += f" scatter {_placed(ShardedDim.read(left))}"
+        elif PACKED[kind] == "all_to_all_kv":
+            words[-1] += f" head_dim={next(left)} query_heads={next(left)}"
     return words
 
 

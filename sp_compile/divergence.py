@@ -20,10 +20,11 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .comparison import is_rounding, nudged, on_rank, relative_error, scale_of
-from .cost import sent_by
+from .cost import packed_exchanges, sent_by
 from .debug import RewrittenGraph
 from .errors import user_line
 from .graph import source_of
+from .ops import GatherExchange
 from .sharding import GroupedHeads, Layout, Placement, Replicated, Segment, Sharded, Size, local_shape, whole_layout
 
 aten = torch.ops.aten
@@ -34,6 +35,7 @@ _MOVES = (
     torch.ops.sp.all_gather.default,
     torch.ops.sp.all_to_all.default,
     torch.ops.sp.all_to_all_kv.default,
+    torch.ops.sp.all_gather_replicate.default,
     aten.permute.default,
     aten.repeat_interleave.self_int,
 )
@@ -302,14 +304,19 @@ class _Pair:
         if own is None:
             return [torch.zeros_like(like)] * self.parts
         if isinstance(placement, Replicated):
-            # In front of `replicate`'s sum over ranks each has a term.
-            is_term = self.ranks.nodes[name].target is torch.ops.sp.replicate.default
-            return [_total(own)] * self.parts if is_term else own
+            return [_total(own)] * self.parts if self._is_summed(self.ranks.nodes[name]) else own
         whole = torch.zeros_like(like)
         for rank, each in enumerate(own):
             here, there = self._rows(placement, like, rank)
             whole.index_add_(placement.dim, there, each.index_select(placement.dim, here))
         return [whole] * self.parts
+
+    def _is_summed(self, node: fx.Node) -> bool:
+        """Whether each rank has a term of the gradient of a whole value, in front of a sum over ranks."""
+        source, at = source_of(node)
+        if source.target is torch.ops.sp.all_to_all_packed.default:
+            return isinstance(packed_exchanges(source, self.parts)[at][1], GatherExchange)
+        return node.target in (torch.ops.sp.replicate.default, torch.ops.sp.all_gather_replicate.default)
 
     def _wrong(self, errors: Sequence[float]) -> bool:
         return any(not error <= self.tolerance for error in errors)

@@ -22,6 +22,7 @@ from torch._C._distributed_c10d import HashStore
 from .comparison import relative_error
 from .group import destroy_sequence_parallel, get_sequence_parallel_group, init_sequence_parallel, rank_tensor
 from .links import Links, measure_links
+from .ops import packed_exchange
 from .sharding import Layout, Segment, whole_layout
 
 _TOLERANCE = 1e-5
@@ -285,6 +286,33 @@ def _all_to_all_kv(rank: _Rank) -> _Errors:
     )
 
 
+def _all_to_all_packed(rank: _Rank) -> _Errors:
+    source, target = _tokens(rank), _heads(rank)
+    names = ("dim", "outer", "sizes", "granules")
+    gather = dict(zip((f"gather_{name}" for name in names), _layout_arguments(*source), strict=True))
+    scatter = dict(zip((f"scatter_{name}" for name in names), _layout_arguments(*target), strict=True))
+    numbers = packed_exchange(sp.all_to_all.default, gather | scatter)
+
+    def op(x: Tensor) -> Tensor:
+        once, twice = sp.all_to_all_packed.default([x, 2 * x], rank.tensor(), 2 * numbers, rank.name)
+        total: Tensor = once + twice
+        return total
+
+    return _check(rank, op, _shape(rank), source, target, lambda x: 3 * x)
+
+
+def _all_gather_replicate(rank: _Rank) -> _Errors:
+    """Each rank's share of the gradient is a P-th of the whole."""
+    at = _tokens(rank)
+
+    def op(x: Tensor) -> Tensor:
+        whole: Tensor = sp.all_gather_replicate.default(x, *_layout_arguments(*at), rank.name)
+        scaled: Tensor = sp.scale_gradient.default(whole, 1 / rank.parts)
+        return scaled
+
+    return _check(rank, op, _shape(rank), at, None)
+
+
 def _reduction(kind: str) -> Callable[[_Rank], _Errors]:
     def check(rank: _Rank) -> _Errors:
         """Two ranks after two have `x`, `2 x`, ...: extrema are shared, and so is their gradient."""
@@ -370,6 +398,8 @@ CHECKS: dict[str, Callable[[_Rank], _Errors]] = {
     "all_to_all": _all_to_all,
     "start_all_to_all, finish_all_to_all": _all_to_all_in_halves,
     "all_to_all_kv": _all_to_all_kv,
+    "all_to_all_packed": _all_to_all_packed,
+    "all_gather_replicate": _all_gather_replicate,
     "all_reduce sum": _reduction("sum"),
     "all_reduce max": _reduction("max"),
     "all_reduce min": _reduction("min"),

@@ -357,7 +357,7 @@ def _sites(planned: PlannedGraph, launches: Sequence[Launches], parts: int) -> l
     return found
 
 
-_EXCHANGES = ("sp.all_to_all", "sp.all_to_all_kv", "sp.all_to_all_packed", "sp.all_gather")
+_EXCHANGES = ("sp.all_to_all", "sp.all_to_all_kv", "sp.all_to_all_packed", "sp.all_gather", "sp.all_gather_replicate")
 
 
 def _heads(planned: PlannedGraph, site: SitePlan) -> tuple[int, int]:

@@ -17,6 +17,8 @@ With x_r what rank r holds, g the gradient of the result y and g' that of the op
     all_reduce   y = sum_r(x_r)                   g'_r = g
     replicate    y = x                            g' = sum_r(g_r)
 
+    all_gather_replicate, both in one             g'_r = sum_s(g_s)[rows of r], 0 at padding
+
 The first two are conjugate, and the last two (Megatron's g and f: Korthikanti et al. 2022); an
 all_to_all is that of the exchange back (DeepSpeed Ulysses: Jacobs et al. 2023). Each backward is
 written in the conjugate op, and so can be differentiated again.
@@ -268,20 +270,28 @@ def _start_exchange(x: Tensor, scatter: ShardedDim, group: str, zero: bool) -> T
 
 
 def _sent_together(pieces: Sequence[Tensor], group: str) -> list[Tensor]:
-    """`[P, ..]` each, a piece for every rank -> a piece from every rank: one launch for each dtype."""
-    ones = [1] * _group_size(group)
+    """`[P, ..]` each, a piece for every rank, or `[1, ..]`, the same for all -> `[P, ..]`, a piece from every rank.
+
+    One launch for each dtype.
+    """
+    parts = _group_size(group)
+    ones = [1] * parts
     alike = {x.dtype: [at for at, other in enumerate(pieces) if other.dtype == x.dtype] for x in pieces}
     started = []
     for members in alike.values():
-        rows = [pieces[at].flatten(1) for at in members]
+        to_each = max(pieces[at].shape[0] for at in members)
+        rows = [pieces[at].expand(to_each, *pieces[at].shape[1:]).flatten(1) for at in members]
         sent = torch.cat(rows, 1) if len(rows) > 1 else rows[0].contiguous()
-        packed = _collectives.all_to_all_single(sent, ones, ones, group)
+        if to_each == 1:
+            packed = _collectives.all_gather_into_tensor(sent, parts, group)
+        else:
+            packed = _collectives.all_to_all_single(sent, ones, ones, group)
         started.append((members, [row.shape[1] for row in rows], packed))
     received = list(pieces)
     for members, widths, packed in started:
         rows = _collectives.wait_tensor(packed).split(widths, 1)
         for at, row in zip(members, rows, strict=True):
-            received[at] = row.view(pieces[at].shape)
+            received[at] = row.view(parts, *pieces[at].shape[1:])
     return received
 
 
@@ -384,7 +394,7 @@ class _AllToAll(_Function):
 
     @classmethod
     def of(
-        cls, exchanges: Sequence[Exchange | KVExchange | _KVReturn], rank: Tensor | None, group: str, *xs: Tensor
+        cls, exchanges: Sequence[AnyExchange | _KVReturn], rank: Tensor | None, group: str, *xs: Tensor
     ) -> tuple[Tensor, ...]:
         results: tuple[Tensor, ...] = cls.apply(exchanges, rank, group, *xs)  # type: ignore[no-untyped-call]
         return results
@@ -602,6 +612,38 @@ class _KVReturn(NamedTuple):
         return KVExchange(self.gather, self.dim, self.heads, True)
 
 
+class GatherExchange(NamedTuple):
+    """Local along `gather` -> whole on every rank, on its way into sharded work."""
+
+    gather: ShardedDim
+
+    def cut(self, x: Tensor, rank: Tensor | None, parts: int) -> Tensor:
+        return as_transported(x).movedim(self.gather.dim, 0).unsqueeze(0)
+
+    def join(self, pieces: Tensor, rank: Tensor | None, parts: int, dtype: torch.dtype) -> Tensor:
+        return Exchange(self.gather, self.gather).join(pieces, rank, parts, dtype)
+
+    def back(self) -> _GatherReturn:
+        return _GatherReturn(self.gather)
+
+
+class _GatherReturn(NamedTuple):
+    """The way back, a reduce-scatter: the gradients that all ranks have of my rows, summed; 0 at padding."""
+
+    gather: ShardedDim
+
+    def cut(self, grad: Tensor, rank: Tensor | None, parts: int) -> Tensor:
+        return _cut_for_all(as_transported(grad), self.gather, parts, True)
+
+    def join(self, pieces: Tensor, rank: Tensor | None, parts: int, dtype: torch.dtype) -> Tensor:
+        terms = _as_before(pieces, dtype)
+        return (terms.float() if dtype in _HALVES else terms).sum(0).to(dtype)
+
+    def back(self) -> GatherExchange:
+        return GatherExchange(self.gather)
+
+
+AnyExchange: TypeAlias = Exchange | KVExchange | GatherExchange
 _LAYOUT = "int dim, SymInt outer, SymInt[] sizes, SymInt[] granules"
 _GATHER = "int gather_dim, SymInt gather_outer, SymInt[] gather_sizes, SymInt[] gather_granules"
 _SCATTER = _GATHER.replace("gather", "scatter")
@@ -838,9 +880,28 @@ def all_to_all_kv(
     return result
 
 
+@_op(f"all_gather_replicate(Tensor x, {_LAYOUT}, str group, {_WINDOWS}) -> Tensor")
+def all_gather_replicate(
+    x: Tensor, dim: int, outer: int, sizes: Sizes, granules: Sizes, group: str, windows: Sizes = ()
+) -> Tensor:
+    """`all_gather` and then `replicate`: `[B, ceil(S/P), C]` -> `[B, S, C]`, on its way into sharded work.
+
+    `y = cat_r(x_r)`; backward is one reduce-scatter, `sum_r(g_r)` at my rows, in float32 for half types, where the two
+    would be an all-reduce of the whole and a cut.
+    """
+    layout = _layout(x, dim, outer, sizes, granules, windows, _group_size(group))
+    (result,) = _AllToAll.of((GatherExchange(layout),), None, group, x)
+    return result
+
+
+PACKED = ("all_to_all", "all_to_all_kv", "all_gather")
+"""The ops that `all_to_all_packed` stands for, by number; an `all_gather` that `replicate` follows."""
+
+
 @_op("all_to_all_packed(Tensor[] tensors, Tensor rank, SymInt[] exchanges, str group) -> Tensor[]")
 def all_to_all_packed(tensors: Sequence[Tensor], rank: Tensor, exchanges: Sizes, group: str) -> list[Tensor]:
-    """Several `all_to_all` and `all_to_all_kv` of one moment in one launch (one for each dtype), backward too.
+    """Several exchanges of one moment in one launch (one for each dtype), backward too: `all_to_all`, `all_to_all_kv`
+    and `all_gather_replicate`.
 
     `exchanges` has for each tensor what `packed_exchange` wrote. Backward sends the gradients that there are, of
     tensors that take one.
@@ -851,21 +912,26 @@ def all_to_all_packed(tensors: Sequence[Tensor], rank: Tensor, exchanges: Sizes,
 
 
 def packed_exchange(op: torch._ops.OpOverload, arguments: Mapping[str, Any]) -> list[Any]:
-    """The arguments of an `all_to_all` or `all_to_all_kv` as numbers among those of `all_to_all_packed`."""
+    """The arguments of an exchange as numbers among those of `all_to_all_packed`."""
 
     def layout(side: str) -> ShardedDim:
-        dim, outer, sizes, granules = (arguments[f"{side}_{name}"] for name in ("dim", "outer", "sizes", "granules"))
-        return ShardedDim(dim, outer, sizes, granules, arguments.get(f"{side}_windows", ()))
+        dim, outer, sizes, granules = (arguments[f"{side}{name}"] for name in ("dim", "outer", "sizes", "granules"))
+        return ShardedDim(dim, outer, sizes, granules, arguments.get(f"{side}windows", ()))
 
+    kind = PACKED.index(op._opname)
+    if op is torch.ops.sp.all_gather.default:
+        return [kind, *layout("").written()]
     if op is torch.ops.sp.all_to_all_kv.default:
-        return [*layout("gather").written(), 1, arguments["head_dim"], arguments["query_heads"]]
-    return [*layout("gather").written(), 0, *layout("scatter").written()]
+        return [kind, *layout("gather_").written(), arguments["head_dim"], arguments["query_heads"]]
+    return [kind, *layout("gather_").written(), *layout("scatter_").written()]
 
 
-def read_exchange(numbers: Iterator[int], x: Tensor, parts: int) -> Exchange | KVExchange:
+def read_exchange(numbers: Iterator[int], x: Tensor, parts: int) -> AnyExchange:
     """What `packed_exchange` wrote, of one tensor."""
-    gather = ShardedDim.read(numbers)
-    if next(numbers):
+    kind, gather = PACKED[next(numbers)], ShardedDim.read(numbers)
+    if kind == "all_gather":
+        return GatherExchange(gather)
+    if kind == "all_to_all_kv":
         dim, query_heads = next(numbers), next(numbers)
         return KVExchange(gather, dim, _KVHeads(x.shape[dim], query_heads, parts))
     return Exchange(gather, ShardedDim.read(numbers))
@@ -873,6 +939,6 @@ def read_exchange(numbers: Iterator[int], x: Tensor, parts: int) -> Exchange | K
 
 MOVING_OPS = frozenset(
     getattr(torch.ops.sp, name).default
-    for name in ("all_to_all", "all_to_all_kv", "all_to_all_packed", "all_gather", "all_reduce", "select_rows")
+    for name in (*PACKED, "all_to_all_packed", "all_gather_replicate", "all_reduce", "select_rows")
 )
 """The ops that launch a collective forward."""

@@ -103,7 +103,7 @@ class Coverage:
             moved = {value.name for planned in graph.plan.sites for value in planned.moved}
             for each in graph.collectives:
                 at_site = each.name.startswith(AT_SITES) or not moved.isdisjoint(each.sources)
-                is_gather = each.op == "all_gather"
+                is_gather = each.op in ("all_gather", "all_gather_replicate")
                 if is_gather == gathers and not at_site and not each.name.startswith("gather_output_"):
                     found.append((graph, each))
         return found
@@ -200,7 +200,8 @@ def explain(result: Coverage, most: int = 12) -> Iterator[str]:
     for graph, each in (*result.elsewhere(gathers=True), *result.elsewhere(gathers=False)):
         node = next(node for node in graph.rewritten.graph.nodes if node.name == each.name)
         users = ", ".join(f"{user} ({user_line(user)})" for user in list(node.users)[:2])
-        yield f"  {each.op} {each.name} {_shape(node)}: {each.bytes:,} bytes, from {', '.join(each.sources)}, for {users}"
+        sources = ", ".join(each.sources)
+        yield f"  {each.op} {each.name} {_shape(node)}: {each.bytes:,} bytes, from {sources}, for {users}"
     whole = [
         (flops(node), node, plan)
         for rules, plan in result.planned

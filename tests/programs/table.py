@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sp_compile import RewrittenGraph
-from sp_compile.cost import sent_by
+from sp_compile.cost import packed_exchanges
+from sp_compile.ops import GatherExchange
 
 Argument = tuple[int, ...] | Callable[[], Tensor]
 """The shape of a float64 input that needs a gradient, or what makes another input."""
@@ -132,11 +133,18 @@ def moved(graph: RewrittenGraph) -> Counter[str]:
     counts: Counter[str] = Counter()
     for node in graph.rewritten.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "sp":
-            name = node.target._opname.removesuffix("_kv").removesuffix("_packed")
+            if node.target is torch.ops.sp.all_to_all_packed.default:
+                exchanges = [exchange for _, exchange in packed_exchanges(node, graph.plan.parts)]
+                gathers = sum(isinstance(exchange, GatherExchange) for exchange in exchanges)
+                seq = "gather_seq" if any("gather_seq" in user.name for user in node.users) else "all_gather"
+                counts["all_to_all"] += len(exchanges) - gathers
+                counts[seq] += gathers
+                continue
+            name = node.target._opname.removesuffix("_kv").removesuffix("_replicate")
             for role in ("gather_output", "gather_seq"):
                 if name == "all_gather" and node.name.startswith(role):
                     name = role
-            counts[name] += len(sent_by(node)) if name == "all_to_all" else 1
+            counts[name] += 1
     return Counter({name: counts[name] for name in COLLECTIVES if counts[name]})
 
 
