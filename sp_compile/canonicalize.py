@@ -8,10 +8,12 @@ from typing import Any
 import torch
 import torch.nn.attention
 from torch._ops import OpOverload
+from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
+from sp_compile.errors import CaptureError, user_line
 from sp_compile.patch_embedding import linear_of_patches, patch_embeddings
 
 aten = torch.ops.aten
@@ -29,6 +31,7 @@ _ASSERTS = (
     aten.sym_constrain_range.default,
     aten.sym_constrain_range_for_size.default,
 )
+_BY_MEMORY = (aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default)
 _RESHAPES = (aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default)
 
 
@@ -112,7 +115,32 @@ def _rewrite(graph: Graph, traced: GraphModule, old: Node, env: dict[Node, Any],
             new.target = aten.clone.default
     elif target is aten.cat.default:
         _drop_empty_operands(new)
+    elif target in _BY_MEMORY:
+        new.args = (_in_memory_order(graph, new), *new.args[1:])
     return new
+
+
+def _in_memory_order(graph: Graph, strided: Node) -> Node:
+    """The operand of an `as_strided`, as a vector in the order that it has in memory on one device: on a rank, and in
+    what is gathered, it may lie otherwise."""
+    operand: Any = strided.args[0]
+    value = operand.meta["val"]
+    offset = strided.args[3] if len(strided.args) > 3 else None
+    sizes = (*value.shape, *value.stride(), value.storage_offset())
+    known = strided.target is aten.as_strided.default and all(isinstance(size, int) for size in sizes)
+    if not known or not is_non_overlapping_and_dense_or_false(value) or (offset is not None and value.storage_offset()):
+        raise CaptureError(f"{strided.target} reads memory that its operand does not show ({user_line(strided)})")
+
+    def emit(target: OpOverload, *args: Any, **kwargs: Any) -> Node:
+        node = graph.call_function(target, args, kwargs)
+        made = target(*pytree.tree_map_only(Node, lambda each: each.meta["val"], args), **kwargs)
+        node.meta = {**strided.meta, "val": made}
+        return node
+
+    with graph.inserting_before(strided):
+        order = sorted(range(value.dim()), key=lambda dim: (-value.stride(dim), value.shape[dim] == 1))
+        flat = emit(aten.reshape.default, emit(aten.permute.default, operand, order), [-1])
+        return emit(aten.clone.default, flat, memory_format=torch.contiguous_format)
 
 
 def _alias(graph: Graph, old: Node, operand: Node) -> Node:

@@ -32,8 +32,8 @@ from sp_compile.graph import GraphRules
 from sp_compile.plan import ShardingPlan
 from sp_compile.rules.registry import has_rule
 
-from .equivalence import differences, run_simulated, step
-from .zoo import OPTIONS, ZOO, Model, build
+from .equivalence import differences, step
+from .zoo import ZOO, Model, build, run_on_ranks
 
 PARTS = 2
 
@@ -117,8 +117,7 @@ def measure(model: Model, attention: str) -> Coverage:
     expected = step(alone, alone, (), inputs)
     total = contractions_of(alone, inputs)
     known = {each.name for each in (*rewritten_graphs(), *unsharded_graphs())}
-    torch.manual_seed(1)
-    got, rewritten = run_simulated(module, (), inputs, PARTS, OPTIONS)
+    got, rewritten = run_on_ranks(model, module, model.long, PARTS)
     unsharded = tuple(each for each in unsharded_graphs() if each.name not in known)
     captured = [graph.captured for graph in rewritten] + [e.graph_module for e in unsharded if e.plan is not None]
     counted = sum(contraction_flops(node) for each in captured for node in each.graph.nodes)

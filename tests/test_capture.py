@@ -535,6 +535,7 @@ UNSAFE: dict[str, tuple[Callable[..., Any], str]] = {
     "hook": (hooked, "register_hook has effects"),
     "write in vmap": (write_in_an_opaque_part, "vmap_0 writes to what it is given"),
     "view of a written input": (view_of_written_input, "view of an input"),
+    "memory around a view": (lambda m, x: m[0](x)[1:].as_strided((2, 2), (4, 1), 0), "as_strided.default reads memory"),
     "saved noise": (lambda m, x: F.rrelu(m[0](x), training=True), "rrelu"),
 }
 

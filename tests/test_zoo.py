@@ -7,8 +7,8 @@ from zlib import crc32
 import pytest
 import torch
 
-from .equivalence import Step, differences, run_simulated, step
-from .zoo import OPTIONS, ZOO, Model, build
+from .equivalence import Step, differences, step
+from .zoo import ZOO, Model, build, run_on_ranks
 
 PARTS = (2, 3, 4)
 VARIANTS = [(name, attention) for name, model in ZOO.items() for attention in model.attentions]
@@ -23,9 +23,7 @@ def on_one_device(model: Model, attention: str) -> Step:
 def assert_right(name: str, attention: str, parts: int) -> None:
     model = ZOO[name]
     expected = on_one_device(model, attention)
-    module = build(model, attention, model.short)
-    torch.manual_seed(1)
-    got, _ = run_simulated(module, (), model.inputs(model.short), parts, OPTIONS)
+    got, _ = run_on_ranks(model, build(model, attention, model.short), model.short, parts)
     errors = differences(expected, got, parts)
     wrong = {which: error for which, error in errors.items() if not error <= model.tolerance}
     assert not wrong, f"P={parts}: {wrong}"
@@ -61,5 +59,5 @@ def test_another_weight_is_noticed() -> None:
     module = build(model, "sdpa", model.short)
     with torch.no_grad():
         module.get_parameter("transformer.h.1.mlp.c_fc.weight").mul_(1 + 1e-4)
-    got, _ = run_simulated(module, (), model.inputs(model.short), 2, OPTIONS)
+    got, _ = run_on_ranks(model, module, model.short, 2)
     assert max(differences(expected, got, 2).values()) > model.tolerance

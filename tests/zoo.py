@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,9 @@ import torch
 import transformers
 from torch import Tensor, fx, nn
 
+from sp_compile import RewrittenGraph
+
+from .equivalence import Step, run_simulated
 from .models import VOCABULARY, bert, gpt2, llama, vit
 
 Make = Callable[[str, int], nn.Module]
@@ -43,6 +46,8 @@ class Model:
     dtype: torch.dtype = torch.float64
     tolerance: float = 1e-6
     """Of the largest value; parts of most models compute in fp32 whatever their dtype is."""
+    dynamo: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of `torch._dynamo.config` that it is compiled with."""
 
 
 ZOO: dict[str, Model] = {}
@@ -71,6 +76,13 @@ def no_views(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
 
 
 OPTIONS: Mapping[str, Any] = {"inner_backend": no_views}
+
+
+def run_on_ranks(model: Model, module: nn.Module, length: int, parts: int) -> tuple[Step, list[RewrittenGraph]]:
+    """One step of `module` on simulated ranks, under the settings of its model."""
+    torch.manual_seed(1)
+    with torch._dynamo.config.patch(**model.dynamo):
+        return run_simulated(module, (), model.inputs(length), parts, OPTIONS)
 
 
 def random(*shape: int) -> Tensor:
@@ -113,7 +125,7 @@ def configured(config: type, attention: str, **own: Any) -> Any:
 
 def huggingface(name: str, family: str, architecture: str, config: str, inputs: Inputs = language, **own: Any) -> None:
     """Add a model by the names of its class and its configuration; settings may depend on the length."""
-    rest = {key: own.pop(key) for key in ("attentions", "dtype", "tolerance", "short", "long") if key in own}
+    rest = {key: own.pop(key) for key in ("attentions", "dtype", "dynamo", "tolerance", "short", "long") if key in own}
 
     def make(attention: str, length: int) -> nn.Module:
         sized = {key: value(length) if callable(value) else value for key, value in own.items()}
@@ -223,6 +235,8 @@ encoder(
     **POSITIONS,
     relative_attention=True,
     pos_att_type=["c2p", "p2c"],
+    # It cuts its table at a length that it reads from a tensor, within each attention: else a graph ends there.
+    dynamo={"capture_scalar_outputs": True},
     **EAGER,
 )
 

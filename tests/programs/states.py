@@ -427,3 +427,11 @@ def gqa_output_is_the_next_query(m: Parts, x: Tensor) -> Any:
 def metadata_of_a_shard(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     return y.new_zeros(2, 13) + y[..., 0], y.new_ones(y.shape) * y
+
+
+@program((1, 13, 12), parts=4, whole=True)
+def rows_by_their_place_in_memory(m: Parts, x: Tensor) -> Any:
+    """What is gathered lies as its shape says, and on one device as it was made: transposed."""
+    y = m.block(x)
+    heads = m.split(m.q(y)).as_strided((13, 12), (12, 1))
+    return y.mT.as_strided((12, 13), (1, 12)) * 2, (y + 1).mT.as_strided((5, 7), (2, 3), 4), heads
