@@ -30,7 +30,7 @@ from .group import current_epoch, cuts_graphs_for_ddp, rank_tensor, resolve_grou
 from .guard import guard_graph
 from .ops import LOWERING_VERSION
 from .passes import ShardedGraph, find_attention, find_mixers, insert_collectives, propagate
-from .plan import AttentionSite, Fallback, ShardingPlan
+from .plan import AttentionSite, Fallback, ShardingPlan, SiteOperand
 from .rules import stays_whole
 from .sharding import Placement, Sharded
 
@@ -104,7 +104,7 @@ def _compile(
         unsharded = record_unsharded(captured, planned.plan, "nothing to shard")
         log_summary(unsharded.name, planned.rules, planned.plan, None, planned.seconds)
         return _compile_inner(config, gm, example_inputs)
-    rewritten = record(gm, captured, planned.rules, planned.sites, planned.plan, sharded, config.dump)
+    rewritten = record(gm, captured, planned.rules, planned.sites, planned.mixers, planned.plan, sharded, config.dump)
     log_summary(rewritten.name, planned.rules, planned.plan, sharded, planned.seconds)
     rank = rank_tensor(group, _device(example_inputs))
     with torch.compiler.config.patch(cache_key_tag=_cache_key_tag(group)):  # type: ignore[attr-defined]
@@ -126,6 +126,8 @@ class PlannedGraph:
     captured: CapturedGraph
     rules: GraphRules
     sites: tuple[AttentionSite, ...]
+    mixers: tuple[SiteOperand, ...]
+    """What else mixes a sequence, in a graph without attention."""
     plan: ShardingPlan
     sharded: ShardedGraph | None
     """None: there is nothing to shard."""
@@ -148,7 +150,7 @@ def plan_graph(
         module = captured.graph_module
         sharded = clock.time("insert_collectives", insert_collectives, module, rules, plan, group_name, config)
         clock.time("local_values", _set_local_values, sharded.graph_module, captured)
-    return PlannedGraph(captured, rules, sites, plan, sharded, clock.seconds)
+    return PlannedGraph(captured, rules, sites, mixers, plan, sharded, clock.seconds)
 
 
 class _Clock:
