@@ -30,7 +30,7 @@ from .group import current_epoch, cuts_graphs_for_ddp, rank_tensor, resolve_grou
 from .guard import guard_graph
 from .ops import LOWERING_VERSION
 from .passes import find_attention, find_mixers, insert_collectives, pack_exchanges, propagate
-from .plan import AttentionSite, Fallback, ShardedGraph, ShardingPlan
+from .plan import AttentionSite, Fallback, ShardedGraph, ShardingPlan, SiteOperand
 from .rules import stays_whole
 from .sharding import Placement, Sharded
 
@@ -104,8 +104,17 @@ def _compile(
         unsharded = record_unsharded(captured, planned.plan, "nothing to shard")
         log_summary(unsharded.name, planned.rules, planned.plan, None, planned.seconds)
         return _compile_inner(config, gm, example_inputs)
+    assert planned.unpacked is not None
     rewritten = record(
-        gm, captured, planned.rules, planned.sites, planned.plan, planned.unpacked or sharded, sharded, config.dump
+        gm,
+        captured,
+        planned.rules,
+        planned.sites,
+        planned.mixers,
+        planned.plan,
+        planned.unpacked,
+        sharded,
+        config.dump,
     )
     log_summary(rewritten.name, planned.rules, planned.plan, sharded, planned.seconds)
     rank = rank_tensor(group, _device(example_inputs))
@@ -128,6 +137,8 @@ class PlannedGraph:
     captured: CapturedGraph
     rules: GraphRules
     sites: tuple[AttentionSite, ...]
+    mixers: tuple[SiteOperand, ...]
+    """What else mixes a sequence, in a graph without attention."""
     plan: ShardingPlan
     unpacked: ShardedGraph | None
     """As `insert_collectives` wrote it. None: there is nothing to shard."""
@@ -153,7 +164,7 @@ def plan_graph(
         unpacked = clock.time("insert_collectives", insert_collectives, module, rules, plan, group_name, config)
         clock.time("local_values", _set_local_values, unpacked.graph_module, captured)
         sharded = clock.time("pack_exchanges", pack_exchanges, unpacked)
-    return PlannedGraph(captured, rules, sites, plan, unpacked, sharded, clock.seconds)
+    return PlannedGraph(captured, rules, sites, mixers, plan, unpacked, sharded, clock.seconds)
 
 
 class _Clock:

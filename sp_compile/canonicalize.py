@@ -88,9 +88,10 @@ def canonical(
 
 
 def _short_name(name: str) -> str:
-    """`l_self_modules_layers_modules_0_parameters_weight_` is `layers_0_weight`."""
-    words = [word for word in name.removeprefix("l_").split("_") if word]
-    kept = [word for word in words if word not in ("self", "modules", "parameters", "buffers", "fn")]
+    """`l_self_modules_layers_modules_0_parameters_weight_` is `layers_0_weight`; `args[0]` a wrapped forward's self."""
+    name = name.removeprefix("l_").removeprefix("args_0_modules_").removeprefix("self_")
+    words = [word for word in name.split("_") if word]
+    kept = [word for word in words if word not in ("modules", "parameters", "buffers", "fn")]
     return "_".join(kept or words)
 
 

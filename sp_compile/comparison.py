@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ def copied(program: Program, written: Collection[str] = (), parts: int = 1) -> P
         if name in written:
             own = LocalTensor({rank: value.detach().clone() for rank in range(parts)})
             memo[id(value)] = own.requires_grad_(value.requires_grad)
-        elif not value.is_leaf:
-            memo[id(value)] = value.detach().clone().requires_grad_()
+        elif not value.is_leaf or value.is_inference():
+            memo[id(value)] = value.clone().detach().requires_grad_(value.requires_grad)
     return copy.deepcopy(program, memo)
 
 
@@ -55,12 +56,20 @@ def is_rounding(errors: Sequence[float], nudges: Sequence[float]) -> bool:
     return bool(nudges) and max(errors) <= 10 * max(nudges)
 
 
+def module_of(model: Any) -> nn.Module | None:
+    """The module that is called: itself, or that of a bound method or a partial call."""
+    while isinstance(model, partial):
+        model = model.func
+    model = getattr(model, "__self__", model)
+    return model if isinstance(model, nn.Module) else None
+
+
 def states(program: Program) -> list[tuple[str, Tensor]]:
     """The tensors that a call may write to, by name: inputs and buffers."""
     model, args, kwargs = program
     found = [*named_leaves(args, "input"), *named_leaves(kwargs, "input")]
-    buffers = model.named_buffers() if isinstance(model, nn.Module) else ()
-    found += [(f"buffer {name}", buffer) for name, buffer in buffers]
+    module = module_of(model)
+    found += [(f"buffer {name}", buffer) for name, buffer in (module.named_buffers() if module else ())]
     return [(name, value) for name, value in found if isinstance(value, Tensor)]
 
 
@@ -92,7 +101,8 @@ def step(call: Callable[..., Any], model: Any, args: Sequence[Any], kwargs: Mapp
     versions = {name: value._version for name, value in before}
     inputs = [(name, value) for name, value in before if name.startswith("input ")]
     result = call(*args, **kwargs)
-    parameters = model.named_parameters() if isinstance(model, nn.Module) else ()  # a model may freeze some as it runs
+    module = module_of(model)
+    parameters = module.named_parameters() if module else ()  # a model may freeze some as it runs
     trained = [(name, value) for name, value in (*inputs, *parameters) if value.requires_grad]
     alone = result is None or isinstance(result, (Tensor, int, float, str))
     outputs = dict(named_leaves(result, "output 0" if alone else "output"))

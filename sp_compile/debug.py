@@ -29,7 +29,7 @@ from .cost import Collective, collectives, planned_flops
 from .errors import user_line
 from .graph import GraphRules
 from .ops import PACKED, ShardedDim
-from .plan import AttentionSite, ShardedGraph, ShardingPlan
+from .plan import AttentionSite, ShardedGraph, ShardingPlan, SiteOperand
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +97,7 @@ def record(
     captured: fx.GraphModule,
     rules: GraphRules,
     sites: Sequence[AttentionSite],
+    mixers: Sequence[SiteOperand],
     plan: ShardingPlan,
     unpacked: ShardedGraph,
     sharded: ShardedGraph,
@@ -105,9 +106,12 @@ def record(
     """Print, dump and keep what each pass did to the graph `given` by Dynamo."""
     name = f"graph_{next(_numbers)}"
     shapes = {node.name: node.meta.get("val") for node in rules.graph.nodes}
+    # Without attention it is what else mixes the sequence.
+    mixed = [("find_mixers", "\n".join(_format_mixer(each, rules) for each in mixers))] if mixers else []
     stages = (
         ("capture", format_graph(captured)),
         ("find_attention", "\n".join(_format_site(site, rules) for site in sites) or "no attention"),
+        *mixed,
         ("propagate", format_graph(captured, partial(_placement, plan))),
         *(
             (name, format_graph(each.graph_module, origin=each.origins, whole=shapes))
@@ -127,8 +131,12 @@ def record(
         folder.mkdir(parents=True, exist_ok=True)
         # An analysis leaves the graph as it is: its diff is what it noted of it.
         in_site = {node: f"site {number}" for number, site in enumerate(sites) for node in site.nodes}
-        found = format_graph(captured, lambda node: in_site.get(node, ""))
-        graphs = [("dynamo", format_graph(given)), stages[0], ("find_attention", found), *stages[2:]]
+        mixing = {each.node: f"mixes dim {each.dim} of {_operand_name(each, rules)}" for each in mixers}
+        noted = {
+            "find_attention": format_graph(captured, lambda node: in_site.get(node, "")),
+            "find_mixers": format_graph(captured, lambda node: mixing.get(node, "")),
+        }
+        graphs = [("dynamo", format_graph(given)), *((stage, noted.get(stage, text)) for stage, text in stages)]
         for number, (stage, text) in enumerate(stages):
             (before, old), (after, new) = graphs[number : number + 2]
             difference = unified_diff(old.splitlines(), new.splitlines(), before, after, lineterm="")
@@ -176,6 +184,14 @@ def _format_site(site: AttentionSite, rules: GraphRules) -> str:
         for role, end in (("query", site.query), ("key", site.key), ("value", site.value))
     )
     return f"{' '.join(node.name for node in site.nodes)}: {names}  # {user_line(site.output)}"
+
+
+def _format_mixer(mixer: SiteOperand, rules: GraphRules) -> str:
+    return f"{mixer.node.name}: {_operand_name(mixer, rules)} (dim {mixer.dim})  # {user_line(mixer.node)}"
+
+
+def _operand_name(operand: SiteOperand, rules: GraphRules) -> str:
+    return rules.operands(operand.node)[operand.index].name
 
 
 def format_graph(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import re
 import traceback
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +28,7 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.distributed.distributed_c10d import GroupName
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from torch.utils._dtype_abbrs import dtype_abbrs
 from torch.utils.flop_counter import flop_registry
@@ -66,18 +67,25 @@ def explain(
         kwargs: what it is called with by name.
 
     Raises:
-        ConfigurationError: `sp_size` below 2, or an option that is wrong.
+        ConfigurationError: `sp_size` below 2, an option that is wrong, or a lazy module that never ran.
     """
     if sp_size < 2:
         raise ConfigurationError(f"sp_size is {sp_size}: a sequence is shared by 2 ranks or more")
     config = SequenceParallelConfig.from_options(options)
-    explained: list[_Explained] = []
+    found: list[_Explained] = []
+    calls = Counter[int]()
     incomplete = ""
     with _group_of(sp_size) as group, _dynamo_undisturbed():
 
         def plan(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-            explained.append(_explain_graph(gm, example_inputs, config, group, sp_size, f"graph_{len(explained)}"))
-            return gm.forward
+            number = len(found)
+            found.append(_explain_graph(gm, example_inputs, config, group, sp_size, f"graph_{number}"))
+
+            def run(*given: Any) -> Any:
+                calls[number] += 1
+                return gm.forward(*given)
+
+            return run
 
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         call, inputs, keywords = _faked(mode, _unwrapped(model), args, kwargs)
@@ -88,6 +96,7 @@ def explain(
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             incomplete = f"a value is read outside of graphs, and explain computes none ({_user_frame(error)})"
     name = getattr(model, "__name__", type(_unwrapped(model)).__name__)
+    explained = [replace(each, graph=replace(each.graph, calls=calls[at])) for at, each in enumerate(found)]
     totals = _totals(explained, links)
     graphs = [each.graph for each in explained]
     return Report(name, sp_size, links, incomplete, graphs, totals, _scaling(explained, sp_size))
@@ -127,6 +136,8 @@ def _faked(
 
     module = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
     if isinstance(module, nn.Module):
+        if unknown := [name for name, each in module.named_parameters() if is_lazy(each)]:
+            raise ConfigurationError(f"{unknown[0]} has no shape yet: call the lazy model once, then explain it")
         for part in module.modules():
             pytree.tree_map_only(Tensor, fake, [vars(part), part._parameters, part._buffers])
         model = copy.deepcopy(model, known)
@@ -189,8 +200,7 @@ def _explain_graph(
     parts: int,
     name: str,
 ) -> _Explained:
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    ends = reason.reason if reason is not None and reason.graph_break else ""
+    ends = _break(gm)
     try:
         planned = plan_graph(gm, example_inputs, config, group, parts)
     except CaptureError as error:
@@ -216,11 +226,30 @@ def _explain_graph(
     launches = [_launches(node, moved[node.name]) for node in rewritten.nodes if node.name in moved]
     sites = _sites(planned, launches, parts)
     graph = Graph(
-        name, "", ends, ops, [each.site for each in sites], launches, fallbacks, _outputs(rewritten, launches)
+        name,
+        "",
+        ends,
+        ops,
+        [each.site for each in sites],
+        launches,
+        fallbacks,
+        _outputs(rewritten, launches, _UNBREAK if ends else _KEEP),
     )
     bounds = _lower_bounds(planned.rules, sites, launches, origins, parts)
     sizes = tuple((each.sizes, each.site.strategy) for each in sites)
     return _Explained(graph, work, (peak_activation_bytes(rewritten), alone), bounds, sizes, _uncounted(nodes))
+
+
+def _break(gm: fx.GraphModule) -> str:
+    """Why and where Dynamo ended a graph before the model did; empty if it did not."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return ""
+    why: str = reason.reason.partition("\n\n")[0].strip()  # without what it tells its own developers
+    if not reason.user_stack:
+        return why
+    frame = reason.user_stack[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}: {frame.line}\n  {why}"
 
 
 def _counted_at(rules: GraphRules, origins: Mapping[fx.Node, fx.Node | None]) -> dict[fx.Node, int]:
@@ -286,8 +315,8 @@ def module_path(node: fx.Node) -> str:
     if not stack or node.op in ("placeholder", "output"):
         return ""
     path, _ = list(stack.values())[-1]
-    path = re.sub(r"(?:\._modules)?\[['\"]?(\w+)['\"]?\]", r".\1", path)  # L['self']._modules['model'] -> L.self.model
-    return ".".join(path.split(".")[2:])
+    path = re.sub(r"^[LG]\['(?:args'\]\[0|\w+')\]", "", path)  # the root; `args[0]` is the self of a wrapped forward
+    return re.sub(r"(?:\._modules)?\[['\"]?(\w+)['\"]?\]", r".\1", path).removeprefix(".")
 
 
 def _launches(node: fx.Node, moved: Traffic) -> Launches:
@@ -411,7 +440,7 @@ def _lower_bounds(
     return forward, backward
 
 
-def _outputs(graph: fx.Graph, launches: Sequence[Launches]) -> list[Output]:
+def _outputs(graph: fx.Graph, launches: Sequence[Launches], remedy: str) -> list[Output]:
     gathered = {each.name: each.bytes_forward for each in launches if each.op == "sp.all_gather"}
     moved = sum(each.bytes_forward for each in launches)
     (returned,) = graph.output_node().args
@@ -425,13 +454,14 @@ def _outputs(graph: fx.Graph, launches: Sequence[Launches]) -> list[Output]:
                 (source,) = source.all_input_nodes  # a view of what was gathered
             size = gathered.get(source.name, 0)
             expensive = size > moved / 4
-            found.append(Output(output.name, _shape(output.meta["val"]), size, expensive, _KEEP if expensive else ""))
+            found.append(Output(output.name, _shape(output.meta["val"]), size, expensive, remedy if expensive else ""))
     return found
 
 
 _KEEP = (
     "return less, the loss alone say, or compile with options={'outputs': 'shard'}, so that each rank keeps its rows"
 )
+_UNBREAK = "remove the graph break that ends this graph: what goes on to the next graph is made whole in between"
 
 
 def _fallback(fallback: Fallback, plan: ShardingPlan) -> WholeOp:
@@ -464,9 +494,15 @@ def _uncounted(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
 
 
 def _totals(explained: Sequence[_Explained], links: Links | None) -> Totals:
-    launches = [each for one in explained for each in one.graph.collectives]
-    forward = sum(each.bytes_forward for each in launches), sum(each.launches_forward for each in launches)
-    backward = sum(each.bytes_backward for each in launches), sum(each.launches_backward for each in launches)
+    launches = [(one.graph.calls, each) for one in explained for each in one.graph.collectives]
+    forward = (
+        sum(calls * each.bytes_forward for calls, each in launches),
+        sum(calls * each.launches_forward for calls, each in launches),
+    )
+    backward = (
+        sum(calls * each.bytes_backward for calls, each in launches),
+        sum(calls * each.launches_backward for calls, each in launches),
+    )
     seconds = None
     if links is not None:
         seconds = {
@@ -478,10 +514,10 @@ def _totals(explained: Sequence[_Explained], links: Links | None) -> Totals:
         bytes_backward=backward[0],
         launches_forward=forward[1],
         launches_backward=backward[1],
-        lower_bound_forward=sum(each.bounds[0] for each in explained),
-        lower_bound_backward=sum(each.bounds[1] for each in explained),
-        flops_sharded=sum(each.flops[0] for each in explained),
-        flops_replicated=sum(each.flops[1] for each in explained),
+        lower_bound_forward=sum(each.graph.calls * each.bounds[0] for each in explained),
+        lower_bound_backward=sum(each.graph.calls * each.bounds[1] for each in explained),
+        flops_sharded=sum(each.graph.calls * each.flops[0] for each in explained),
+        flops_replicated=sum(each.graph.calls * each.flops[1] for each in explained),
         flops_unknown=list(dict.fromkeys(name for each in explained for name in each.uncounted)),
         activation_bytes=max((each.peaks[0] for each in explained), default=0),
         activation_bytes_one_device=max((each.peaks[1] for each in explained), default=0),

@@ -580,13 +580,16 @@ def _comparable(config: SequenceParallelConfig) -> dict[str, str]:
 
 
 _MEMBER = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
+_WRAPPED = re.compile(r"^L\['args'\]\[0\](?=\._)")
 _ROOT = re.compile(r"\b[LG]\['([^']+)'\]")
 
 
 def _name(node: fx.Node) -> str:
-    """`L['self']._modules['q']._parameters['weight']` as one writes it: `self.q.weight`."""
+    """`L['self']._modules['q']._parameters['weight']` as one writes it, `self.q.weight`; in a wrapped forward too."""
     source = getattr(node, "_dynamo_source", None)
-    return _ROOT.sub(r"\1", _MEMBER.sub(r".\1", source.name)) if source is not None else str(node.target)
+    if source is None:
+        return str(node.target)
+    return _ROOT.sub(r"\1", _MEMBER.sub(r".\1", _WRAPPED.sub("self", source.name)))
 
 
 def _spec(value: Any) -> str:

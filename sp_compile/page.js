@@ -180,8 +180,8 @@ function emptySum() {
   };
 }
 
-function addSum(sum, other) {
-  for (const key of Object.keys(sum)) sum[key] += other[key];
+function addSum(sum, other, times = 1) {
+  for (const key of Object.keys(sum)) sum[key] += times * other[key];
 }
 
 function addOp(sum, data, i) {
@@ -443,6 +443,7 @@ function moduleCells(node) {
     rest: h("span", { class: "muted" }, node.alike ? `identical to ${node.alike}` : "identical"),
     module: h("span", { class: "muted" }, sum.ops ? plural(sum.ops, "op") : count(node.last - node.first + 1)),
   };
+  const { calls } = node.data.graph;
   return [
     h(
       "span",
@@ -451,6 +452,7 @@ function moduleCells(node) {
       icon(placementOf(sum)),
       h("b", { title: node.path || node.label }, node.shown || node.label),
       notes[node.kind],
+      calls === 1 || node.parent ? null : h("span", { class: "times" }, `called ${count(calls)} times; numbers of one`),
       sum.fallbacks ? icon("fallback") : null,
     ),
     shareCell(sum),
@@ -759,6 +761,7 @@ function modulePanel(node) {
       ? h("p", {}, `${node.label}: ${node.times} × identical. Its collectives are listed for one.`)
       : null,
     facts([
+      ["called", data.graph.calls === 1 ? "" : `${count(data.graph.calls)} times in a step; below is one call`],
       ["ops", `${count(sum.sharded)} sharded, ${count(sum.whole)} whole, ${plural(sum.moves, "collective")}`],
       ["FLOPs", share === null ? runs : `${runs} (${percent(share)} sharded)`],
       ["each rank receives", sum.moves ? `${bytes(sum.forward)} forward + ${bytes(sum.backward)} backward` : "nothing"],
@@ -915,7 +918,7 @@ function tiles() {
 function disagreements() {
   const found = [];
   const sum = emptySum();
-  roots.forEach((root) => addSum(sum, root.sum));
+  roots.forEach((root) => addSum(sum, root.sum, root.data.graph.calls));
   const t = report.totals;
   const compare = (what, drawn, told, format) => {
     const rounding = Number.isSafeInteger(told) ? 0 : 1e-12 * told; // of numbers beyond 2^53
@@ -988,13 +991,18 @@ function tally(items, keyOf) {
 
 function notes() {
   const fallbacks = report.graphs.flatMap((graph) => graph.fallbacks);
-  const outputs = report.graphs.flatMap((graph) => graph.outputs).filter((each) => each.expensive);
+  const outputs = report.graphs.flatMap((graph) =>
+    graph.outputs.filter((each) => each.expensive).map((each) => ({ ...each, graph: graph.name })),
+  );
   const parts = [];
   const partly = [report.incomplete && `This report is not complete: ${report.incomplete}.`].filter(Boolean);
-  for (const graph of report.graphs) {
-    if (graph.unsharded) partly.push(`${graph.name} runs whole on every rank: ${graph.unsharded}.`);
-    if (graph.ends) partly.push(`${graph.name} ends at a graph break: ${graph.ends}`);
-  }
+  const alike = (key, said) => {
+    for (const { item, all } of tally(report.graphs.filter(key), key)) {
+      partly.push(`${all.map((each) => each.name).join(", ")} ${said}: ${key(item)}`);
+    }
+  };
+  alike((graph) => graph.unsharded, "runs whole on every rank");
+  alike((graph) => graph.ends, "ends at a graph break");
   if (partly.length) {
     parts.push(
       h(
@@ -1041,7 +1049,7 @@ function notes() {
               "li",
               {},
               h("b", { class: "mono" }, each.name),
-              " ",
+              report.graphs.length > 1 ? ` of ${each.graph} ` : " ",
               h("span", { class: "mono muted" }, `[${(each.shape || []).join(", ")}]`),
               h("p", {}, `Each rank receives ${bytes(each.bytes)} to hold all of it.`),
               each.remedy ? h("p", { class: "remedy" }, each.remedy) : null,
@@ -1109,8 +1117,8 @@ function byLayer() {
           backward: 0,
           first: leaves[g][i],
         });
-      to.get(key).forward += move.bytes_forward;
-      to.get(key).backward += move.bytes_backward;
+      to.get(key).forward += data.graph.calls * move.bytes_forward;
+      to.get(key).backward += data.graph.calls * move.bytes_backward;
     });
   });
   const rest = [...elsewhere.values()].sort((a, b) => b.forward + b.backward - a.forward - a.backward);
@@ -1407,7 +1415,8 @@ function sitesTable() {
     site.others,
   ]);
   const cells = rows.map(({ item, all: same }) => {
-    const ends = same.length > 1 ? `${item.module} … ${same[same.length - 1].module}` : item.module;
+    const last = same[same.length - 1].module;
+    const ends = last === item.module ? last : `${item.module} … ${last}`;
     return h(
       "tr",
       {},

@@ -120,17 +120,20 @@ class Graph:
     unsharded: str
     """Why nothing of it is sharded; empty if something is."""
     ends: str
-    """Why Dynamo ended it before the model did: the reason of a graph break."""
+    """Where and why Dynamo ended it before the model did: a graph break."""
     ops: list[Op]
     sites: list[Site]
     collectives: list[Launches]
     fallbacks: list[WholeOp]
     outputs: list[Output]
+    calls: int = 1
+    """How often the model runs it in one forward: layers that each break share a graph. All else is of one call."""
 
 
 @dataclass(frozen=True)
 class Totals:
-    """A step of the model, per rank. Bytes and launches as in `Launches`; FLOPs are those of one forward."""
+    """A step of the model, per rank, every graph as often as it is called. Bytes and launches as in `Launches`; FLOPs
+    are those of one forward."""
 
     bytes_forward: int
     bytes_backward: int
@@ -188,8 +191,9 @@ def _sections(report: Report) -> Iterator[str]:
     title = f"{report.model} on {report.sp_size} ranks"
     yield f"{title}\nincomplete: {report.incomplete}" if report.incomplete else title
     for graph in report.graphs:
-        if len(report.graphs) > 1 or graph.unsharded:
-            yield graph.name + (f" is not sharded: {graph.unsharded}" if graph.unsharded else "")
+        if len(report.graphs) > 1 or graph.unsharded or graph.calls != 1:
+            calls = "" if graph.calls == 1 else f", called {graph.calls} times; its numbers are of one call"
+            yield graph.name + (f" is not sharded: {graph.unsharded}" if graph.unsharded else "") + calls
         if graph.sites:
             yield _table(("attention", "heads", "length", "strategy", "forward", "instead", "why"), _site_rows(graph))
             yield "\n".join(dict.fromkeys(f"at {each.line}" for each in graph.sites))
@@ -236,7 +240,7 @@ def _numberless(name: str) -> str:
 def _site_rows(graph: Graph) -> list[_Row]:
     counts = Counter(
         (
-            _numberless(f"{each.module or graph.name}."),
+            _numberless(f"{each.module}.")[:-1] or graph.name,
             f"{each.heads}" if each.heads == each.kv_heads else f"{each.heads}/{each.kv_heads}",
             each.length,
             each.strategy,
@@ -246,7 +250,7 @@ def _site_rows(graph: Graph) -> list[_Row]:
         )
         for each in graph.sites
     )
-    return [(f"{name[:-1]} ×{count}" if count > 1 else name[:-1], *rest) for (name, *rest), count in counts.items()]
+    return [(f"{name} ×{count}" if count > 1 else name, *rest) for (name, *rest), count in counts.items()]
 
 
 def _launch_rows(graph: Graph) -> list[_Row]:

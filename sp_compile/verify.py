@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .backend import sp_backend
-from .comparison import Program, Step, compare, copied, is_rounding, nudged, states, step
+from .comparison import Program, Step, compare, copied, is_rounding, module_of, nudged, states, step
 from .config import SequenceParallelConfig
 from .debug import RewrittenGraph, UnshardedGraph, rewritten_graphs, unsharded_graphs
 from .divergence import Divergence, Recorder, first_divergence
@@ -90,7 +90,10 @@ class Verification:
         verdict = f"{len(self.wrong)} of {len(self.errors)} values differ" if self.wrong else "all values agree"
         lines = [f"{self.sp_size} ranks against one device: {verdict} (tolerance {self.tolerance:.0e})", ""]
         lines += [self.table(list(self.errors)), ""]
-        lines.append(f"Sharded: {len(self.graphs)} graphs, {self.collectives} collectives in a forward.")
+        graphs = "1 graph" if len(self.graphs) == 1 else f"{len(self.graphs)} graphs"
+        lines.append(f"Sharded: {graphs}, {self.collectives} collectives in a forward.")
+        if not any(name.startswith("grad ") for name in self.errors):
+            lines.append("No gradient was compared: of what was given, nothing takes one.")
         if self.rounding:
             lines.append(f"As far apart by rounding alone: {', '.join(self.rounding)}.")
         if not self.graphs:
@@ -116,10 +119,13 @@ def verify(
     Everything runs on copies and from the present random state: the model, its buffers, gradients and train mode, the
     inputs and the generators stay as they are. Compiled code of this process is dropped (`torch._dynamo.reset`).
 
+    Under inference mode it runs without gradients instead.
+
     `UNSEEN` lists what this cannot tell. Half-precision models are compared coarsely: `model.double()` tells most.
 
     Args:
-        model: a module, compiled or not, or a function of tensors.
+        model: a module, compiled or not, its method, or a function of tensors. What a function closes over is neither
+            copied nor compared: pass the module.
         args: what it is called with; so are `kwargs`. A model with a keyword argument of the name of a setting is
             given it in a lambda.
         sp_size: P, the number of simulated ranks.
@@ -132,11 +138,30 @@ def verify(
     Raises:
         VerificationError: a value differs; or P ranks raise where one device does not; or one device differs from
             itself. It names the first node that differs, its line and the rule that placed it.
-        ConfigurationError: an option that cannot be verified; or this process has a process group already.
+        ConfigurationError: an option that cannot be verified; a model on the meta device; or this process has a
+            process group already.
     """
     settings = _settings(sp_size, options)
     model = getattr(model, "_orig_mod", model)
     program: Program = (model, args, kwargs)
+    module = module_of(model)
+    if any(each.is_meta for _, each in states(program)) or (module and any(p.is_meta for p in module.parameters())):
+        raise ConfigurationError("verify computes, and the meta device has no data: use another, or explain()")
+    with _no_inference_mode():
+        return _verified(program, sp_size, settings, tolerance, dynamic)
+
+
+@contextmanager
+def _no_inference_mode() -> Iterator[None]:
+    """Simulated ranks cannot run under inference mode: without gradients instead."""
+    grad_mode = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(grad_mode):
+        yield
+
+
+def _verified(
+    program: Program, sp_size: int, settings: Mapping[str, object], tolerance: float | None, dynamic: bool | None
+) -> Verification:
     with _Dtypes() as dtypes:
         expected = run_alone(program)
     if tolerance is None:
@@ -254,7 +279,8 @@ def run_alone(program: Program, pattern: int | None = None) -> Step:
         model, args, kwargs = copied(program)
         if pattern is not None:
             values = [value for _, value in states((model, args, kwargs))]
-            values += model.parameters() if isinstance(model, nn.Module) else []
+            module = module_of(model)
+            values += module.parameters() if module else []
             for value in values:
                 value.data = nudged(value.data, pattern)
         return step(model, model, args, kwargs)

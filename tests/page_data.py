@@ -52,6 +52,7 @@ class Decoder:
                     "collectives": self.collectives,
                     "fallbacks": [],
                     "outputs": [{"name": "loss", "shape": [], "bytes": 0, "expensive": False, "remedy": ""}],
+                    "calls": 1,
                 }
             ],
             "totals": {},

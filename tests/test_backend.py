@@ -636,6 +636,21 @@ def test_dump_and_rewritten_graphs(tmp_path: Path) -> None:
     assert "4 of 7" in text and "gather_seq_scatter_heads_q" in text and "test_passes.py" in text
 
 
+def test_a_dump_without_attention_says_what_mixes_the_sequence(tmp_path: Path) -> None:
+    run_simulated(Block().double(), (tokens(1, 7, 12),), parts=2, options={"dump": str(tmp_path / "attention")})
+    assert not [*(tmp_path / "attention").glob("*find_mixers*")]
+    model = nn.Sequential(nn.Linear(12, 6), Cumsum(), nn.Linear(6, 12)).double()
+    run_simulated(model, (tokens(1, 7, 12),), parts=2, options={"dump": str(tmp_path)})
+    (text,), (difference,) = ([*tmp_path.glob(f"*.2_find_mixers.{kind}")] for kind in ("txt", "diff"))
+    assert text.read_text().startswith("cumsum: linear (dim 1)  # test_backend.py:")
+    assert "+cumsum: f64[1, 7, 6] = aten.cumsum(linear, 1)  # mixes dim 1 of linear" in difference.read_text()
+
+
+class Cumsum(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(1)
+
+
 def test_one_line_of_information_a_graph(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "sp_compile"):
         run_simulated(Block().double(), (tokens(1, 8, 12),), parts=2)

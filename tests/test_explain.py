@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +23,8 @@ from .models import MODELS, inputs_of
 from .test_passes import Block
 
 
-def x(length: int = 16) -> Tensor:
-    return torch.randn(1, length, 12)
+def x(length: int = 16, requires_grad: bool = False) -> Tensor:
+    return torch.randn(1, length, 12, requires_grad=requires_grad)
 
 
 # What it says
@@ -99,9 +100,62 @@ class Broken(nn.Module):
 def test_graphs_of_a_model_that_breaks() -> None:
     report = explain(Broken(), x(), scale=2.0, sp_size=2)
     first, second = report.graphs
-    assert "graph_break" in first.ends and not second.ends
+    assert first.ends.startswith("test_explain.py:") and "graph_break()" in first.ends and not second.ends
+    assert "remove the graph break" in first.outputs[0].remedy and "outputs" in second.outputs[0].remedy
     assert first.sites[0].module == "first" and second.sites[0].module == "second"
     assert "ends" in str(report)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x)
+        torch._dynamo.graph_break()
+        return y * 2
+
+
+def test_layers_that_share_a_graph_each_count() -> None:
+    """Dynamo compiles layers that break once; each of them moves its own bytes."""
+    report = explain(nn.Sequential(*[Layer() for _ in range(5)]), x(), sp_size=2)
+    assert sum(each.calls for each in report.graphs if each.sites) == 5 > len(report.graphs)
+    one, totals = explain(Layer(), x(requires_grad=True), sp_size=2).totals, report.totals
+    assert (totals.launches_forward, totals.bytes_forward) == (5 * one.launches_forward, 5 * one.bytes_forward)
+    assert totals.lower_bound_forward == 5 * one.lower_bound_forward
+    assert totals.flops_sharded == 5 * one.flops_sharded and totals.flops_replicated == 5 * one.flops_replicated
+    assert totals.bytes_backward == 5 * one.bytes_backward - 16 * 12 * 4 // 2  # x of the first takes no gradient
+    assert "called 4 times" in str(report)
+
+
+def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def wrapper(*args: Any, **keywords: Any) -> Any:
+        return forward(*args, **keywords)
+
+    return wrapper
+
+
+class Wrapped(Broken):
+    forward = wrapped(lambda self, x: self.second(self.first(x)))
+
+
+def test_paths_begin_at_the_model_whatever_wraps_its_forward() -> None:
+    def paths(model: Any) -> list[str]:
+        return [each.module for each in explain(model, x(), sp_size=2).graphs[0].sites]
+
+    assert paths(Wrapped()) == ["first", "second"]
+    assert paths(nn.Sequential(Block(), nn.Sequential(Block()))) == ["0", "1.0"]
+    assert paths(Block()) == [""] and "graph_0  " in str(explain(Block(), x(), sp_size=2))
+
+
+def test_a_lazy_model_is_called_first() -> None:
+    model = nn.Sequential(Block(), nn.LazyLinear(3))
+    with pytest.raises(ConfigurationError, match=r"1\.weight has no shape yet: call the lazy model once"):
+        explain(model, x(), sp_size=2)
+    model(x())
+    assert explain(model, x(), sp_size=2).graphs[0].sites
 
 
 class Reads(nn.Module):

@@ -108,6 +108,20 @@ class Broken(nn.Module):
         return out
 
 
+class Repeated(nn.Module):
+    """Three layers that break, and so share their graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Broken() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            torch._dynamo.graph_break()
+        return x
+
+
 def module_of(kind: type[nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
     return kind(), {"x": torch.randn(1, 16, 12)}
 
@@ -124,6 +138,7 @@ CASES: dict[str, tuple[Callable[[], tuple[nn.Module, dict[str, Any]]], dict[str,
     "bfloat16": (halves, {}),
     "extremes": (partial(module_of, Extremes), {}),
     "a graph break": (partial(module_of, Broken), {}),
+    "layers that share their graphs": (partial(module_of, Repeated), {}),
 }
 UNEVEN = {"17 rows": (partial(block, 17), {})}
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint
 
 from sp_compile import (
     destroy_sequence_parallel,
@@ -269,17 +271,14 @@ def killed(folder: str, at: str) -> None:
         Block(), inner_backend=aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"))
     )
     rank = dist.get_rank()
+    model(x_of()).sum().backward()
 
-    def steps() -> None:
-        for step in range(2):
-            if at == "before a step" and step and rank == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            loss = model(x_of()).sum()
-            if at == "before backward" and step and rank == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            loss.backward()
+    def another_step() -> None:
+        if at == "before a step" and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        model(x_of()).sum().backward()
 
-    result = told(steps)
+    result = told(another_step)
     Path(folder, f"rank {rank}").write_text(repr(result))
 
 
@@ -293,6 +292,38 @@ def test_a_killed_rank_is_named(tmp_path: Path, ranks: int, at: str, request: An
         print(f"{name} after {seconds:.1f} s: {text}")
         assert name == "RankLostError" and seconds < TIMEOUT + 6
         assert text.startswith("rank 1 of the SP group ended, or left the group, while others needed it:")
+
+
+def an_ordinary_run() -> tuple[str, str, float]:
+    """What loops do on all ranks alike: they accumulate, evaluate, meet new lengths, wait, and catch exceptions."""
+    model = Block()
+    call = compiled(model, inner_backend="aot_eager")
+
+    def steps() -> None:
+        for step in range(2):
+            losses = [call(x_of(seed=seed)).sum() for seed in range(3)]  # accumulated, all forward before all backward
+            losses[0].backward(retain_graph=True)
+            for loss in losses:
+                loss.backward()
+            with torch.no_grad():
+                call(x_of(9))
+            model.train(step == 1)
+            with torch.inference_mode():
+                call(x_of(11))
+            model.zero_grad()
+            checkpoint(call, x_of(), use_reentrant=False).sum().backward()
+            torch.autograd.grad(call(x_of()).sum(), model.q.weight)  # type: ignore[call-overload]
+            call(x_of())  # a loss that nobody asked the gradient of
+            with suppress(RuntimeError):
+                call(x_of()[..., :5])
+            time.sleep(0.5 * TIMEOUT * dist.get_rank())
+
+    return told(steps)
+
+
+def test_nothing_is_raised_of_ranks_that_go_together(gloo2: GlooPool) -> None:
+    for name, text, _ in gloo2.run(an_ordinary_run, timeout=120.0):
+        assert name == "nothing", text
 
 
 SCRIPT = """

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from playwright.sync_api import Browser, Dialog, Locator, Page, sync_playwright
+from torch import nn
 
 from sp_compile import explain
 from sp_compile.page import render
 from tests.models import MODELS, inputs_of
 from tests.page_data import decoder_report, with_fallback
+from tests.test_explain import Layer
 
 CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None and "CI" not in os.environ:
@@ -204,6 +207,16 @@ def test_what_explain_gives_agrees_with_itself(opened: Any, name: str) -> None:
     assert view.page.locator("#before button").count() >= 1
     chosen = view.page.locator("#tree .row[aria-selected=true]").inner_text()
     assert re.search(r"S\(2: [0-9+]+\) → S\(1: \d\)", chosen)
+
+
+def test_a_graph_that_is_called_often_counts_as_often(opened: Any) -> None:
+    report = explain(nn.Sequential(*[Layer() for _ in range(5)]), torch.randn(1, 16, 12), sp_size=2)
+    view = opened(report.to_dict())
+    assert view.page.locator("#disagree").count() == 0
+    assert view.drawn() == report.totals.bytes_forward + report.totals.bytes_backward
+    assert "called 4 times; numbers of one" in view.page.locator("#tree").inner_text()
+    partly = view.page.locator("#partly").inner_text()
+    assert partly.count("ends at a graph break: test_explain.py:") == 1 and "Developer" not in partly
 
 
 @pytest.mark.parametrize("total", ["bytes_forward", "launches_backward", "flops_sharded"])

@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -95,6 +96,23 @@ def test_functions_and_compiled_models() -> None:
     q = torch.randn(1, 3, 7, 4, dtype=torch.float64, requires_grad=True)
     assert {"output 0", "grad input 0"} == set(verify(attend, q, sp_size=2).errors)
     assert verify(torch.compile(Parts(Parts.block), backend="eager"), tokens(), sp_size=2).collectives
+
+
+def test_parameters_are_found_through_methods_and_partial_calls() -> None:
+    model = Parts(Parts.block)
+    for call in (model.forward, partial(model), partial(model.forward)):
+        assert "grad q.weight" in verify(call, tokens(), sp_size=2).errors
+
+
+def test_that_no_gradient_was_compared_is_said() -> None:
+    model, x = Parts(Parts.block), tokens().detach()
+    with torch.no_grad():
+        assert "No gradient was compared" in str(verify(model, x, sp_size=2))
+    with torch.inference_mode():
+        made_there = verify(model, x * 1, sp_size=2)
+    assert not made_there.wrong and made_there.collectives and "No gradient was compared" in str(made_there)
+    assert "No gradient was compared" in str(verify(lambda t: model(t), x, sp_size=2))
+    assert "No gradient was compared" not in str(verify(model, x, sp_size=2))
 
 
 def test_flex_attention() -> None:
@@ -331,6 +349,8 @@ def test_what_cannot_be_verified_is_refused() -> None:
         verify(Parts(Parts.block), tokens(), options={"outputs": "shard"})
     with pytest.raises(ConfigurationError, match="unknown option 'attentoin'; did you mean 'attention'"):
         verify(Parts(Parts.block), tokens(), options={"attentoin": "ulysses"})
+    with pytest.raises(ConfigurationError, match="the meta device has no data"):
+        verify(Parts(Parts.block).to("meta"), tokens().to("meta"))
     with pytest.raises(ConfigurationError, match="sp_size is 0"):
         verify(Parts(Parts.block), tokens(), sp_size=0)
     with fake_world(2), pytest.raises(ConfigurationError, match="a process of its own"):
