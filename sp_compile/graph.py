@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import FakeTensor
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from .rule import Op, OpCall, OpShardingRule, TensorSpec, called_module, in_order
@@ -67,12 +67,17 @@ class GraphRules:
         if node not in self._rules:
             is_op = op_of(node) is not None and node not in self.replicated
             known = is_op and self.operands(node) and node.meta.get("val") is not None
-            self._rules[node] = rule_for(OpCall.of_node(node)) if known else None
+            self._rules[node] = rule_for(OpCall.of_node(node)) if known and not self.sized_by_data(node) else None
         return self._rules[node]
 
     def operands(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The tensor operands of a node, as in its rule."""
         return operand_nodes(node)
+
+    def sized_by_data(self, node: fx.Node) -> bool:
+        """Whether a size of an operand or result is read from a tensor: it is unknown until then, and may be 0."""
+        values = pytree.tree_leaves([each.meta.get("val") for each in (node, *self.operands(node))])
+        return any(free_unbacked_symbols(value) for value in values if isinstance(value, torch.Tensor))
 
     def shape(self, node: fx.Node) -> tuple[Size, ...]:
         """The global shape of a node's value."""
@@ -85,11 +90,11 @@ class GraphRules:
         return count * int(value.element_size())
 
     def hint(self, size: Size) -> int:
-        """A size as it was when the graph was made; for costs only."""
+        """A size as it was when the graph was made, or a guess if data will tell; for costs only."""
         if isinstance(size, int):
             return size
         shape_env = self._shape_env
-        return int(size.xreplace(shape_env.backed_var_to_val)) if shape_env else int(size)
+        return int(shape_env.optimization_hint(size)) if shape_env else int(size)
 
     def position(self, node: fx.Node) -> int:
         """The place of a node in the order of the graph."""
