@@ -125,7 +125,7 @@ def _compile(
             rewritten,
             gm.graph.find_nodes(op="placeholder"),
             example_inputs,
-            lambda: _compile_inner(config, sharded.graph_module, [*example_inputs, rank]),
+            lambda: _compile_sharded(config, sharded.graph_module, [*example_inputs, rank]),
         )
     return lambda *args: _without_padding(inner(*args, rank), sharded.outputs)
 
@@ -194,6 +194,31 @@ def _compile_inner(config: SequenceParallelConfig, gm: fx.GraphModule, inputs: S
     compile_fx = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
     compiled: Compiled = compile_fx(gm, list(inputs))
     return compiled
+
+
+def _compile_sharded(config: SequenceParallelConfig, gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    """As `_compile_inner`; Inductor buckets gradients and moves waits, in one order on all ranks: that of the graph."""
+    if config.inner_backend != "inductor":
+        return _compile_inner(config, gm, inputs)
+    settings: dict[str, Any] = {}
+    if config.gradient_bucket_mb:
+        settings["bucket_all_reduces_fx"] = "all"
+        settings["bucket_all_reduces_fx_bucket_size_determinator"] = BucketSize(config.gradient_bucket_mb)
+    if config.overlap:
+        settings["reorder_for_compute_comm_overlap"] = True
+        settings["reorder_for_compute_comm_overlap_passes"] = ["sink_waits"]
+    inductor: Callable[..., Compiled] = torch._dynamo.lookup_backend("inductor")
+    return inductor(gm, list(inputs), config_patches=settings)
+
+
+@dataclass(frozen=True)
+class BucketSize:
+    """The size of every bucket, in megabytes; a class, for the compile caches pickle it."""
+
+    megabytes: float
+
+    def __call__(self, bucket: int) -> float:
+        return self.megabytes
 
 
 def _cache_key_tag(group: dist.ProcessGroup) -> str:

@@ -52,6 +52,13 @@ class SequenceParallelConfig:
     """"all_reduce": a parameter's gradient is the full one on every rank. "local": it is this
     rank's sum times P, for a DDP or FSDP that averages over data *and* SP ranks."""
 
+    gradient_bucket_mb: float = 25.0
+    """Megabytes (2**20 bytes) of parameter gradients that one all-reduce sums, started as soon as backward has made
+    them; with the inner backend "inductor". 0: one for each parameter."""
+
+    overlap: bool = True
+    """Inductor computes what it can before it waits for a collective; "inductor" alone, in the order of the graph."""
+
     attention: Attention = "auto"
     """How attention is made whole. "auto", site by site: nothing moves where keys and values are whole on every rank;
     else Ulysses, and all-gather-KV where padding the heads would more than double them (P > 2 heads) or none pass."""
@@ -80,12 +87,19 @@ class SequenceParallelConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigurationError(_wrong_value(name, value, choices))
-        if not isinstance(self.strict, bool):
-            raise ConfigurationError(_wrong_type("strict", self.strict, "True or False"))
+        for name in ("strict", "overlap"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigurationError(_wrong_type(name, getattr(self, name), "True or False"))
         if self.dump is not None and not isinstance(self.dump, str | os.PathLike):
             raise ConfigurationError(_wrong_type("dump", self.dump, "the path of a folder or None"))
-        if isinstance(self.guard_timeout, bool) or not isinstance(self.guard_timeout, int | float):
-            raise ConfigurationError(_wrong_type("guard_timeout", self.guard_timeout, "a number of seconds"))
+        for name, unit in (("guard_timeout", "seconds"), ("gradient_bucket_mb", "megabytes")):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigurationError(_wrong_type(name, value, f"a number of {unit}"))
+        if not self.gradient_bucket_mb >= 0:
+            raise ConfigurationError(
+                f"option 'gradient_bucket_mb' is {self.gradient_bucket_mb}. It takes megabytes, or 0 for no buckets."
+            )
         if not 0 < self.guard_timeout < 1e6:
             raise ConfigurationError(f"option 'guard_timeout' is {self.guard_timeout}. It takes seconds, more than 0.")
         if self.group is not None and not isinstance(self.group, ProcessGroup | DeviceMesh):

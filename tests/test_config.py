@@ -30,7 +30,8 @@ def test_options_arrive_and_the_result_is_frozen() -> None:
         (
             {"inner_backed": "eager"},
             "unknown option 'inner_backed'; did you mean 'inner_backend'? The options are group, "
-            "inner_backend, outputs, param_grads, attention, rng, strict, dump, guards, guard_timeout.",
+            "inner_backend, outputs, param_grads, gradient_bucket_mb, overlap, attention, rng, strict, dump, guards, "
+            "guard_timeout.",
         ),
         (
             {"outputs": "gathered"},
@@ -49,6 +50,9 @@ def test_options_arrive_and_the_result_is_frozen() -> None:
         ({"dump": 3}, "option 'dump' is 3, of type int. It takes the path of a folder or None."),
         ({"guards": "no"}, "It takes one of 'off', 'shapes', 'on', 'debug'."),
         ({"guard_timeout": "1 h"}, "option 'guard_timeout' is '1 h', of type str. It takes a number of seconds."),
+        ({"overlap": "yes"}, "option 'overlap' is 'yes', of type str. It takes True or False."),
+        ({"gradient_bucket_mb": "25"}, "of type str. It takes a number of megabytes."),
+        ({"gradient_bucket_mb": -1}, "option 'gradient_bucket_mb' is -1. It takes megabytes, or 0 for no buckets."),
         ({"guard_timeout": 0}, "option 'guard_timeout' is 0. It takes seconds, more than 0."),
         ({"group": 2}, "of type int. It takes a ProcessGroup, a DeviceMesh or None."),
         ({"inner_backend": None}, "of type NoneType. It takes a name or a callable."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 
 from sp_compile import Report, explain, get_sequence_parallel_group, measure_links, sp_backend
+from sp_compile.comparison import relative_error
 from sp_compile.cost import received
 
 from .gloo_pool import GlooPool
@@ -124,6 +126,27 @@ class Repeated(nn.Module):
 
 def module_of(kind: type[nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
     return kind(), {"x": torch.randn(1, 16, 12)}
+
+
+def launches_with_buckets(options: dict[str, Any]) -> tuple[int, float]:
+    """Launches of a step with Inductor, and the largest error of a gradient."""
+    alone, inputs = block()
+    model = copy.deepcopy(alone)
+    compiled = torch.compile(model, backend=partial(sp_backend, options=options))
+    with counting() as counter:
+        compiled(**inputs).square().sum().backward()
+    alone(**inputs).square().sum().backward()
+    pairs = zip(alone.parameters(), model.parameters(), strict=True)
+    return counter.launches, max(relative_error(a.grad, b.grad, 1e-2) for a, b in pairs)
+
+
+@pytest.mark.parametrize(("megabytes", "buckets"), [(25, 1), (0.001, 3), (0, 8)])
+def test_gradients_travel_in_buckets(gloo2: GlooPool, megabytes: float, buckets: int) -> None:
+    """8 parameters of 2,480 bytes; with the exchanges of q, k, v and of the output, both ways, and the output."""
+    for launches, error in gloo2.run(
+        launches_with_buckets, {"gradient_bucket_mb": megabytes, "overlap": megabytes > 0}
+    ):
+        assert launches == 2 + 1 + 2 + buckets and error < 1e-5
 
 
 CASES: dict[str, tuple[Callable[[], tuple[nn.Module, dict[str, Any]]], dict[str, Any]]] = {
