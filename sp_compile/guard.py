@@ -585,7 +585,7 @@ _ROOT = re.compile(r"\b[LG]\['([^']+)'\]")
 
 
 def _name(node: fx.Node) -> str:
-    """`L['self']._modules['q']._parameters['weight']` as one writes it, `self.q.weight`; in a wrapped forward too."""
+    """`L['self']._modules['q']._parameters['weight']` as one writes it: `self.q.weight`."""
     source = getattr(node, "_dynamo_source", None)
     if source is None:
         return str(node.target)
