@@ -7,6 +7,7 @@ A graph with nothing to shard, a world of one rank, and no process group at all 
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from .capture import CapturedGraph, capture
@@ -26,13 +29,13 @@ from .config import SequenceParallelConfig
 from .debug import log_summary, record, record_unsharded
 from .errors import CaptureError, ConfigurationError, FallbackError, user_line
 from .graph import GraphRules
-from .group import current_epoch, cuts_graphs_for_ddp, rank_tensor, resolve_group
+from .group import current_epoch, cuts_graphs_for_ddp, mesh_of, rank_tensor, resolve_group
 from .guard import guard_graph
 from .ops import LOWERING_VERSION
 from .passes import ShardedGraph, find_attention, find_mixers, insert_collectives, propagate
-from .plan import AttentionSite, Fallback, ShardingPlan
+from .plan import AttentionSite, Fallback, LeavingOutput, ShardingPlan
 from .rules import stays_whole
-from .sharding import Placement, Sharded
+from .sharding import Sharded
 
 log = logging.getLogger(__name__)
 
@@ -98,8 +101,9 @@ def _compile(
         log.warning("a graph runs unsharded: %s", error)
         record_unsharded(gm, None, str(error))
         return _compile_inner(config, gm, example_inputs)
-    _report(planned.plan.fallbacks, config.strict)
     sharded, captured = planned.sharded, planned.captured.graph_module
+    _report(planned.plan.fallbacks, config.strict)
+    _report_outputs(planned, config.strict)
     if sharded is None:
         unsharded = record_unsharded(captured, planned.plan, "nothing to shard")
         log_summary(unsharded.name, planned.rules, planned.plan, None, planned.seconds)
@@ -116,7 +120,8 @@ def _compile(
             example_inputs,
             lambda: _compile_inner(config, sharded.graph_module, [*example_inputs, rank]),
         )
-    return lambda *args: _without_padding(inner(*args, rank), sharded.outputs)
+    leave = _leaving(sharded.outputs, group, config.group)
+    return lambda *args: leave(inner(*args, rank))
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,8 @@ def plan_graph(
     sharded = None
     if plan.shards:
         module = captured.graph_module
-        sharded = clock.time("insert_collectives", insert_collectives, module, rules, plan, group_name, config)
+        outputs = config.output_kinds(captured.output_names)
+        sharded = clock.time("insert_collectives", insert_collectives, module, rules, plan, group_name, config, outputs)
         clock.time("local_values", _set_local_values, sharded.graph_module, captured)
     return PlannedGraph(captured, rules, sites, plan, sharded, clock.seconds)
 
@@ -162,15 +168,49 @@ class _Clock:
         return result
 
 
-def _without_padding(outputs: Sequence[Any], placements: Sequence[Placement]) -> list[Any]:
-    """The outputs of the graph; the last ones are the real rows of each that left as a shard."""
-    kept = list(outputs[: len(placements)])
-    at = [index for index, placement in enumerate(placements) if isinstance(placement, Sharded)]
-    for index, real in zip(at, outputs[len(placements) :], strict=True):
-        placement = placements[index]
-        assert isinstance(placement, Sharded)
-        kept[index] = kept[index].index_select(placement.dim, real.nonzero().flatten())
-    return kept
+def _leaving(
+    plans: Sequence[LeavingOutput], group: dist.ProcessGroup, given: dist.ProcessGroup | DeviceMesh | None
+) -> Callable[[Sequence[Any]], list[Any]]:
+    """What makes the outputs of a `ShardedGraph` those of the user: without padding, and as DTensors where asked.
+
+    The gradient of a DTensor is that of the whole value, of which `from_local` hands each rank its rows: what "shard"
+    calls the gradient of the sum of the ranks' losses, that sum being the one loss.
+    """
+
+    @functools.cache
+    def mesh(device_type: str) -> DeviceMesh:
+        return mesh_of(group, given, device_type)
+
+    def leave(outputs: Sequence[Any]) -> list[Any]:
+        kept, behind = list(outputs[: len(plans)]), iter(outputs[len(plans) :])
+        for index, plan in enumerate(plans):
+            if isinstance(plan.placement, Sharded):
+                value, dim = kept[index], plan.placement.dim
+                order = _memory_order(value, plan.is_padded)
+                if plan.is_padded:
+                    value = value.index_select(dim, next(behind).nonzero().flatten())
+                if plan.size is not None:
+                    size = plan.size if isinstance(plan.size, int) else next(behind)
+                    value = _as_dtensor(value, dim, size, order, mesh(value.device.type))
+                kept[index] = value
+        return kept
+
+    return leave
+
+
+def _memory_order(value: Tensor, is_padded: bool) -> list[int]:
+    """The dimensions from the innermost in memory to the outermost; what padding is cut off is laid out anew."""
+    strides = value.stride()
+    return sorted(range(value.dim()), key=lambda dim: (0 if is_padded else strides[dim], -dim))
+
+
+def _as_dtensor(value: Tensor, dim: int, size: int, order: Sequence[int], mesh: DeviceMesh) -> DTensor:
+    """`size` is the global one of dimension `dim`, `order` that of the dimensions in memory."""
+    shape = torch.Size([*value.shape[:dim], size, *value.shape[dim + 1 :]])
+    strides, step = [0] * value.dim(), 1
+    for d in order:
+        strides[d], step = step, step * shape[d]
+    return DTensor.from_local(value, mesh, [Shard(dim)], run_check=False, shape=shape, stride=tuple(strides))
 
 
 def _compile_inner(config: SequenceParallelConfig, gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
@@ -219,3 +259,13 @@ def _report(fallbacks: Sequence[Fallback], strict: bool) -> None:
             rule = "" if fallback.node.op == "call_module" else "give it a rule with register_sharding_rule, "
             raise FallbackError(f"{text}; {rule}opt it out with replicated_region(), or compile without strict=True")
         log.warning("%s", text)
+
+
+def _report_outputs(planned: PlannedGraph, strict: bool) -> None:
+    outputs = planned.sharded.outputs if planned.sharded is not None else ()
+    for index, (name, plan) in enumerate(zip(planned.captured.output_names, outputs, strict=False)):
+        if plan.gathered:
+            text = f"output {index} ({name!r}) is gathered: {plan.gathered}"
+            if strict:
+                raise FallbackError(f"{text}, 'gather' it with the option 'outputs', or compile without strict=True")
+            log.warning("%s", text)

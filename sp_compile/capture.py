@@ -69,12 +69,14 @@ _DROPOUTS = (
 class CapturedGraph:
     """`graph_module` has Dynamo's placeholders and output; `inputs` are fakes for the former, and
     `mutated_inputs` the positions of those that it writes to, at its end. `replicated` are the nodes
-    that the user put in a `replicated_region()`."""
+    that the user put in a `replicated_region()`, `output_names` the variables that outputs were last
+    assigned to."""
 
     graph_module: GraphModule
     inputs: tuple[Any, ...]
     mutated_inputs: tuple[int, ...]
     replicated: frozenset[Node]
+    output_names: tuple[str, ...]
 
 
 def capture(gm: GraphModule, example_inputs: Sequence[Any], keep: Keep) -> CapturedGraph:
@@ -91,7 +93,8 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any], keep: Keep) -> Captu
     graph_module = canonical(traced, gm, inputs, mutated, returned)
     _reject_shared_storage(gm, example_inputs, mutated)
     replicated = frozenset(filter(in_replicated_region, graph_module.graph.nodes))
-    return CapturedGraph(graph_module, tuple(inputs), mutated, replicated)
+    names = tuple(str(output) for output in gm.graph.output_node().args[0])  # type: ignore[union-attr]
+    return CapturedGraph(graph_module, tuple(inputs), mutated, replicated, names)
 
 
 def _bodies(gm: GraphModule) -> Iterator[GraphModule]:

@@ -38,6 +38,7 @@ from .cost import SiteSizes, attention_bytes, flops, peak_activation_bytes, plan
 from .errors import CaptureError, ConfigurationError, user_line
 from .graph import GraphRules
 from .links import Links
+from .passes import ShardedGraph
 from .plan import Fallback, ShardingPlan, SitePlan
 from .report import FallbackCost, Graph, Launches, Op, Output, Report, Scale, Site, Strategy, Totals, WholeOp
 from .sharding import Replicated, Sharded
@@ -216,7 +217,7 @@ def _explain_graph(
     launches = [_launches(node, moved[node.name]) for node in rewritten.nodes if node.name in moved]
     sites = _sites(planned, launches, parts)
     graph = Graph(
-        name, "", ends, ops, [each.site for each in sites], launches, fallbacks, _outputs(rewritten, launches)
+        name, "", ends, ops, [each.site for each in sites], launches, fallbacks, _outputs(planned.sharded, launches)
     )
     bounds = _lower_bounds(planned.rules, sites, launches, origins, parts)
     sizes = tuple((each.sizes, each.site.strategy) for each in sites)
@@ -411,12 +412,13 @@ def _lower_bounds(
     return forward, backward
 
 
-def _outputs(graph: fx.Graph, launches: Sequence[Launches]) -> list[Output]:
+def _outputs(sharded: ShardedGraph, launches: Sequence[Launches]) -> list[Output]:
     gathered = {each.name: each.bytes_forward for each in launches if each.op == "sp.all_gather"}
     moved = sum(each.bytes_forward for each in launches)
-    (returned,) = graph.output_node().args
+    (returned,) = sharded.graph_module.graph.output_node().args
+    assert isinstance(returned, tuple)
     found = []
-    for output in returned if isinstance(returned, (tuple, list)) else ():
+    for output, leaves in zip(returned, sharded.outputs, strict=False):
         if isinstance(output, fx.Node) and isinstance(output.meta.get("val"), Tensor):
             source = output
             while source.name not in gathered and getattr(source.target, "namespace", "") == "aten":
@@ -424,8 +426,9 @@ def _outputs(graph: fx.Graph, launches: Sequence[Launches]) -> list[Output]:
                     break
                 (source,) = source.all_input_nodes  # a view of what was gathered
             size = gathered.get(source.name, 0)
-            expensive = size > moved / 4
-            found.append(Output(output.name, _shape(output.meta["val"]), size, expensive, _KEEP if expensive else ""))
+            expensive = size > moved / 4 or bool(leaves.gathered)
+            remedy = leaves.gathered or (_KEEP if expensive else "")
+            found.append(Output(output.name, _shape(output.meta["val"]), size, expensive, remedy))
     return found
 
 

@@ -195,6 +195,13 @@ def resolve_group(group: ProcessGroup | DeviceMesh | None) -> ProcessGroup | Non
     raise ConfigurationError(_no_sp_dimension(group))
 
 
+def mesh_of(group: ProcessGroup, given: ProcessGroup | DeviceMesh | None, device_type: str) -> DeviceMesh:
+    """The one-dimensional mesh of an SP group: of the mesh that was `given` as the option `group`, or a new one."""
+    if isinstance(given, DeviceMesh):
+        return given if given.ndim == 1 else given[MESH_DIM_NAME]
+    return DeviceMesh.from_group(group, device_type, mesh_dim_names=(MESH_DIM_NAME,))
+
+
 def rank_tensor(group: ProcessGroup, device: torch.device | str) -> Tensor:
     """This rank's place in `group` as data: int64 of shape `[1]` on `device`.
 

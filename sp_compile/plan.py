@@ -1,4 +1,4 @@
-"""What the analyses hand over: attention sites, and the sharding plan. Frozen, and printed as they are."""
+"""What passes hand over: attention sites, the sharding plan, and how outputs leave. Frozen, and printed as they are."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from .rule import OpSharding
-from .sharding import REPLICATED, Placement
+from .sharding import REPLICATED, Placement, Size
 
 
 @dataclass(frozen=True)
@@ -95,3 +95,17 @@ class ShardingPlan:
     def shards(self) -> bool:
         """Whether anything is sharded at all."""
         return any(plan.sharding is not None for plan in self.nodes.values())
+
+
+@dataclass(frozen=True)
+class LeavingOutput:
+    """How one output leaves the graph."""
+
+    placement: Placement
+    """Replicated unless it leaves as a shard."""
+    is_padded: bool
+    """Whether some ranks may hold padding."""
+    size: Size | None
+    """Of a DTensor the global size of the sharded dimension; None: it is a plain tensor."""
+    gathered: str
+    """Why it is whole though it was to stay sharded."""
