@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import TracingContext
 from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -35,7 +36,8 @@ from .ops import LOWERING_VERSION
 from .passes import ShardedGraph, find_attention, find_mixers, insert_collectives, propagate
 from .plan import AttentionSite, Fallback, LeavingOutput, ShardingPlan
 from .rules import stays_whole
-from .sharding import Sharded
+from .sharded_input import ShardedInput
+from .sharding import Sharded, block_rows, size_of, whole_layout
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,7 @@ def sp_backend(
     """
     config = SequenceParallelConfig.from_options(options)
     group = resolve_group(config.group)
+    _check_sharded_inputs(example_inputs, group)
     if group is None or group.size() == 1:
         compiled = _compile_inner(config, gm, example_inputs)
     else:
@@ -78,6 +81,15 @@ def sp_backend(
         return compiled(*args)
 
     return run
+
+
+def _check_sharded_inputs(inputs: Sequence[Any], group: dist.ProcessGroup | None) -> None:
+    for value in inputs:
+        if isinstance(value, ShardedInput) and (group is None or value.group_name != group.group_name):
+            raise ConfigurationError(
+                f"a sharded input of shape {list(value.shape)} was made for another SP group than the model is compiled "
+                "for: make it anew after init_sequence_parallel, or with the option 'group' of the model"
+            )
 
 
 def _reject_cut_graphs() -> None:
@@ -96,6 +108,8 @@ def _compile(
     try:
         planned = plan_graph(gm, example_inputs, config, group.group_name, group.size())
     except CaptureError as error:
+        if any(isinstance(value, ShardedInput) for value in example_inputs):
+            raise FallbackError(f"{error}; this graph would run unsharded, so give it its inputs whole") from error
         if config.strict:
             raise FallbackError(f"{error}; without strict=True this graph runs unsharded") from error
         log.warning("a graph runs unsharded: %s", error)
@@ -118,7 +132,7 @@ def _compile(
             rewritten,
             gm.graph.find_nodes(op="placeholder"),
             example_inputs,
-            lambda: _compile_inner(config, sharded.graph_module, [*example_inputs, rank]),
+            lambda: _compile_local(config, sharded.graph_module, [*example_inputs, rank]),
         )
     leave = _leaving(sharded.outputs, group, config.group)
     return lambda *args: leave(inner(*args, rank))
@@ -147,14 +161,44 @@ def plan_graph(
     rules = GraphRules(captured.graph_module.graph, captured.replicated)
     sites = clock.time("find_attention", find_attention, rules)
     mixers = () if sites else clock.time("find_mixers", find_mixers, rules)
-    plan = clock.time("propagate", propagate, rules, sites, mixers, parts, config.attention)
+    cut = _sharded_placeholders(captured, example_inputs)
+    plan = clock.time("propagate", propagate, rules, sites, mixers, parts, config.attention, cut)
     sharded = None
     if plan.shards:
         module = captured.graph_module
         outputs = config.output_kinds(captured.output_names)
         sharded = clock.time("insert_collectives", insert_collectives, module, rules, plan, group_name, config, outputs)
-        clock.time("local_values", _set_local_values, sharded.graph_module, captured)
+        clock.time("local_values", _set_local_values, sharded.graph_module, captured, cut, parts)
     return PlannedGraph(captured, rules, sites, plan, sharded, clock.seconds)
+
+
+def _sharded_placeholders(captured: CapturedGraph, example_inputs: Sequence[Any]) -> dict[fx.Node, Sharded]:
+    """The inputs of which each rank holds its rows; raises `CaptureError` for one that the graph writes to."""
+    cut: dict[fx.Node, Sharded] = {}
+    placeholders = captured.graph_module.graph.find_nodes(op="placeholder")
+    for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
+        if isinstance(value, ShardedInput):
+            if index in captured.mutated_inputs:
+                raise CaptureError(f"the graph writes to the sharded input {node.name}")
+            size = size_of(captured.inputs[index].shape[value.sharded_dim])
+            cut[node] = Sharded(value.sharded_dim, whole_layout(size))
+    return cut
+
+
+def _compile_local(config: SequenceParallelConfig, gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    """The inner backend's callable for inputs of the rewritten graph; it takes the rows of those that are sharded."""
+    context = TracingContext.try_get()
+    for value in inputs:
+        if isinstance(value, ShardedInput) and context is not None:
+            # The symbols that Dynamo has given to the sizes of the rows.
+            context.tensor_to_context[value.block] = context.tensor_to_context[value].inner_contexts["block"]
+    inner = _compile_inner(config, gm, list(map(_rows, inputs)))
+    at = [index for index, value in enumerate(inputs) if isinstance(value, ShardedInput)]
+    return (lambda *args: inner(*map(_rows, args))) if at else inner
+
+
+def _rows(value: Any) -> Any:
+    return value.block if isinstance(value, ShardedInput) else value
 
 
 class _Clock:
@@ -226,7 +270,9 @@ def _cache_key_tag(group: dist.ProcessGroup) -> str:
     return f"{tag}sp_compile lowering {LOWERING_VERSION}, group {group.group_name} of {group.size()}"
 
 
-def _set_local_values(module: fx.GraphModule, captured: CapturedGraph) -> None:
+def _set_local_values(
+    module: fx.GraphModule, captured: CapturedGraph, cut: Mapping[fx.Node, Sharded], parts: int
+) -> None:
     """Write the local value of every node to `meta["val"]`, for whoever prints the graph."""
     mode = next((x.fake_mode for x in captured.inputs if hasattr(x, "fake_mode")), None) or FakeTensorMode()
 
@@ -244,7 +290,13 @@ def _set_local_values(module: fx.GraphModule, captured: CapturedGraph) -> None:
     grad_mode = torch.is_grad_enabled()
     guards = mode.shape_env.suppress_guards() if mode.shape_env is not None else nullcontext()
     with mode, guards, enable_python_dispatcher(), torch.no_grad():
-        Propagate(module).run(*captured.inputs, torch.zeros(1, dtype=torch.int64))
+        inputs = list(captured.inputs)
+        for index, node in enumerate(captured.graph_module.graph.find_nodes(op="placeholder")):
+            if node in cut:
+                dim, value = cut[node].dim, inputs[index]
+                rows = block_rows(value.shape[dim], 1, parts)
+                inputs[index] = value.new_empty([*value.shape[:dim], rows, *value.shape[dim + 1 :]])
+        Propagate(module).run(*inputs, torch.zeros(1, dtype=torch.int64))
     torch.set_grad_enabled(grad_mode)
 
 

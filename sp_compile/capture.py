@@ -51,6 +51,7 @@ from sp_compile.canonicalize import (
 from sp_compile.errors import CaptureError, user_line
 from sp_compile.opaque import CONTEXT_FN, RETRACED, collapse
 from sp_compile.region import in_replicated_region
+from sp_compile.sharded_input import ShardedInput
 
 aten = torch.ops.aten
 
@@ -135,7 +136,9 @@ def _fakify(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
         if not isinstance(x, torch.Tensor):
             return x
         if isinstance(x, LocalTensor):
-            return _fakify_simulated(fake_mode, x, contexts.get(x))
+            return _fakify_by_shape(fake_mode, x, contexts.get(x), next(iter(x._local_tensors.values())))
+        if isinstance(x, ShardedInput):
+            return _fakify_by_shape(fake_mode, x, contexts.get(x), x)
         if is_traceable_wrapper_subclass(x):
             raise CaptureError(f"an input is a tensor subclass ({type(x).__name__})")
         symbolic = contexts.get(x)
@@ -150,14 +153,13 @@ def _fakify(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
     return fake_mode, [fakify(x) for x in example_inputs]
 
 
-def _fakify_simulated(fake_mode: FakeTensorMode, x: LocalTensor, symbolic: Any) -> torch.Tensor:
-    """A value of simulated ranks, as one rank has it."""
-    local = next(iter(x._local_tensors.values()))
+def _fakify_by_shape(fake_mode: FakeTensorMode, x: torch.Tensor, symbolic: Any, like: torch.Tensor) -> torch.Tensor:
+    """A value of simulated ranks as one rank has it, or a sharded input as the program sees it."""
     with fake_mode:
         sizes = x.shape
         if symbolic is not None:
             sizes = fake_mode.from_tensor(x, symbolic_context=symbolic, source=symbolic.tensor_source).shape
-        return torch.empty(sizes, dtype=local.dtype, device=local.device, requires_grad=x.requires_grad)
+        return torch.empty(sizes, dtype=like.dtype, device=like.device, requires_grad=x.requires_grad)
 
 
 class _HiddenGradMode(Exception):
