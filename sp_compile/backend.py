@@ -87,8 +87,8 @@ def _check_sharded_inputs(inputs: Sequence[Any], group: dist.ProcessGroup | None
     for value in inputs:
         if isinstance(value, ShardedInput) and (group is None or value.group_name != group.group_name):
             raise ConfigurationError(
-                f"a sharded input of shape {list(value.shape)} was made for another SP group than the model is compiled "
-                "for: make it anew after init_sequence_parallel, or with the option 'group' of the model"
+                f"a sharded input of shape {list(value.shape)} was made for another SP group than the model is "
+                "compiled for: make it anew after init_sequence_parallel, or with the option 'group' of the model"
             )
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.distributed import ProcessGroup
+from torch.distributed._local_tensor import LocalTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
@@ -38,14 +39,15 @@ class ShardedInput(Tensor):
     sharded_dim: int
     group_name: str
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
         cls, block: Tensor, shape: Sequence[int], stride: Sequence[int], sharded_dim: int, group_name: str
     ) -> ShardedInput:
-        kind = {"dtype": block.dtype, "device": block.device, "requires_grad": block.requires_grad}
-        made: ShardedInput = Tensor._make_wrapper_subclass(cls, shape, stride, **kind)  # type: ignore[attr-defined]
+        kind: dict[str, Any] = {"dtype": block.dtype, "device": block.device, "requires_grad": block.requires_grad}
+        made = Tensor._make_wrapper_subclass(cls, shape, stride, **kind)
+        assert isinstance(made, ShardedInput)
         made.block, made.sharded_dim, made.group_name = block, sharded_dim, group_name
         return made
 
@@ -58,22 +60,32 @@ class ShardedInput(Tensor):
     ) -> ShardedInput:
         return ShardedInput(inner["block"], shape, stride, *meta)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"ShardedInput(shape={list(self.shape)}, sharded_dim={self.sharded_dim}, block={self.block})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         def whole(value: Any) -> Any:
             if not isinstance(value, ShardedInput):
                 return value
-            if type(value.block) is not FakeTensor:
+            block = value.block
+            if isinstance(block, LocalTensor):  # of simulated ranks
+                block = next(iter(block._local_tensors.values()))
+            if type(block) is not FakeTensor:  # nor one that AOTAutograd wraps: another backend would compile it
                 raise DataError(
-                    f"{func} would read a sharded input of shape {list(value.shape)}, of which each rank holds its rows "
-                    "only: give it to a model compiled with backend='sp_compile', and to no code behind a graph break; "
-                    "what has to be read elsewhere is given whole"
+                    f"{func} would read a sharded input of shape {list(value.shape)}, of which each rank holds its "
+                    "rows only: a model compiled with backend='sp_compile' takes it, and no other code, such as what "
+                    "a graph break leaves to Python. What has to be read there is given whole"
                 )
-            return value.block.new_empty(value.shape)  # Dynamo asks for shapes
+            return block.new_empty(value.shape)  # Dynamo asks for shapes
 
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.is_write and isinstance(value, ShardedInput):
+                raise DataError(
+                    f"{func} writes to a sharded input of shape {list(value.shape)}: write to a clone of it"
+                )
         args, kwargs = pytree.tree_map(whole, (args, kwargs or {}))
         return func(*args, **kwargs)
 
