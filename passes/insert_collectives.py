@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from operator import getitem
 from typing import Any
 
@@ -29,10 +29,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from sp_compile.config import SequenceParallelConfig
+from sp_compile.config import Output, SequenceParallelConfig
 from sp_compile.graph import GraphRules, is_tensor, op_of, source_of
 from sp_compile.ops import MOVING_OPS
-from sp_compile.plan import ShardedGraph, ShardingPlan, SitePlan
+from sp_compile.plan import LeavingOutput, ShardedGraph, ShardingPlan, SitePlan
 from sp_compile.rule import OpCall, argument_defaults, in_order
 from sp_compile.sharding import (
     REPLICATED,
@@ -52,10 +52,18 @@ _KEPT = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id")
 
 
 def insert_collectives(
-    graph_module: fx.GraphModule, rules: GraphRules, plan: ShardingPlan, group: str, config: SequenceParallelConfig
+    graph_module: fx.GraphModule,
+    rules: GraphRules,
+    plan: ShardingPlan,
+    group: str,
+    config: SequenceParallelConfig,
+    outputs: Sequence[Output],
 ) -> ShardedGraph:
-    """Rewrite a captured graph for the SP group named `group`; the given graph stays as it is."""
-    return _Writer(graph_module, rules, plan, group, config).write()
+    """Rewrite a captured graph for the SP group named `group`; the given graph stays as it is.
+
+    `outputs` is how each of its outputs is to leave.
+    """
+    return _Writer(graph_module, rules, plan, group, config, outputs).write()
 
 
 class _Writer:
@@ -66,9 +74,10 @@ class _Writer:
         plan: ShardingPlan,
         group: str,
         config: SequenceParallelConfig,
+        outputs: Sequence[Output],
     ) -> None:
         self.graph_module, self.rules, self.plan, self.group = graph_module, rules, plan, group
-        self.gather_outputs = config.outputs == "gather"
+        self.outputs = outputs
         self.local_gradients = config.param_grads == "local"
         self.rng = config.rng
         self.graph = fx.Graph()
@@ -88,11 +97,11 @@ class _Writer:
         for node in (n for n in nodes if n.op == "placeholder"):
             self._copy(node)
         self.rank = self.graph.placeholder(RANK)
-        placements: tuple[Placement, ...] = ()
+        outputs: tuple[LeavingOutput, ...] = ()
         for node in nodes:
             self.current = node
             if node.op == "output":
-                placements = self._write_output(node)
+                outputs = self._write_output(node)
             elif node.op != "placeholder":
                 self._write_node(node)
         for graph in self.graph.find_nodes(op="get_attr"):
@@ -104,7 +113,7 @@ class _Writer:
         for name, each in self.modules.items():
             root.add_module(name, each)
         module = fx.GraphModule(root, self.graph)
-        return ShardedGraph(module, self.origins, placements, values)
+        return ShardedGraph(module, self.origins, outputs, values)
 
     def _values(self) -> tuple[tuple[str, str, Placement], ...]:
         held = {(new, value): self._made(value) for value, new in self.written.items() if is_tensor(value)}
@@ -187,31 +196,48 @@ class _Writer:
         operands = enumerate(self.rules.operands(node))
         return [self.written[v] if at in metadata else self.convert(v, REPLICATED) for at, v in operands]
 
-    def _write_output(self, node: fx.Node) -> tuple[Placement, ...]:
-        placements: list[Placement] = []
+    def _write_output(self, node: fx.Node) -> tuple[LeavingOutput, ...]:
+        leaving: list[LeavingOutput] = []
         outputs: list[Any] = []
         returned = node.args[0]
         assert isinstance(returned, tuple)
         shared = _shared_memory([each for each in returned if isinstance(each, fx.Node) and is_tensor(each)])
-        for index, output in enumerate(returned):
-            placement: Placement = REPLICATED
+        for index, (output, kind) in enumerate(zip(returned, self.outputs, strict=True)):
+            placement, gathered = self._leaves(output, kind, shared)
             if not isinstance(output, fx.Node):
                 outputs.append(output)
             elif not is_tensor(output):
                 outputs.append(self._local_argument(output))
             elif output in shared:
                 outputs.append(self._view_again(output))
-            elif self.gather_outputs:
+            elif isinstance(placement, Replicated):
                 whole = self._gather_output(output, f"gather_output_{index}")
                 self.converted.setdefault((output, "output", index), whole)
                 outputs.append(whole)
             else:
-                placement = self.plan.placement(output)
                 outputs.append(self.convert(output, placement))
-            placements.append(placement)
-        outputs += [self._real_rows(each) for each in placements if isinstance(each, Sharded)]
+            padded = isinstance(placement, Sharded) and not placement.layout.is_even(self.plan.parts)
+            size = placement.layout.size if isinstance(placement, Sharded) and kind == "dtensor" else None
+            leaving.append(LeavingOutput(placement, padded, size, gathered))
+        for each in leaving:
+            if each.is_padded:
+                assert isinstance(each.placement, Sharded)
+                outputs.append(self._real_rows(each.placement))
+            if each.size is not None and not isinstance(each.size, int):
+                outputs.append(self.size(each.size))
         self.graph.output(tuple(outputs)).meta = dict(node.meta)
-        return tuple(placements)
+        return tuple(leaving)
+
+    def _leaves(self, output: Any, kind: Output, shared: Collection[fx.Node]) -> tuple[Placement, str]:
+        """The placement that an output leaves in, and why it is whole though it was to stay sharded."""
+        placement = self.plan.placement(output) if isinstance(output, fx.Node) else REPLICATED
+        if kind == "gather" or not isinstance(placement, Sharded):
+            return REPLICATED, ""
+        if output in shared:
+            return REPLICATED, "it shares its memory with another output or an input: return a clone"
+        if kind == "dtensor" and not placement.layout.is_chunked(self.plan.parts):
+            return REPLICATED, f"no DTensor has rows that lie on the ranks as {placement}: take 'shard' for it"
+        return placement, ""
 
     def _gather_output(self, value: fx.Node, role: str) -> fx.Node:
         """A whole output, laid out in memory as the captured one: code behind a graph break may `view` it."""

@@ -42,13 +42,19 @@ from sp_compile.sharding import (
 
 
 def propagate(
-    rules: GraphRules, sites: Sequence[AttentionSite], mixers: Sequence[SiteOperand], parts: int, attention: str
+    rules: GraphRules,
+    sites: Sequence[AttentionSite],
+    mixers: Sequence[SiteOperand],
+    parts: int,
+    attention: str,
+    inputs: Mapping[fx.Node, Sharded] | None = None,
 ) -> ShardingPlan:
     """Plan the graph for `parts` ranks; `attention` is the option of that name.
 
-    The sequence is that of the attention sites; in a graph without any, that of the `mixers`.
+    The sequence is that of the attention sites; in a graph without any, that of the `mixers`. `inputs` are the
+    placeholders that come sharded.
     """
-    return _Planner(rules, sites, mixers, parts, attention).plan()
+    return _Planner(rules, sites, mixers, parts, attention, inputs or {}).plan()
 
 
 def find_marks(rules: GraphRules, homes: Sequence[Vote]) -> dict[tuple[fx.Node, int], Sharded]:
@@ -110,6 +116,7 @@ class _Planner:
         mixers: Sequence[SiteOperand],
         parts: int,
         attention: str,
+        inputs: Mapping[fx.Node, Sharded],
     ) -> None:
         self.rules = rules
         self.parts = parts
@@ -119,7 +126,8 @@ class _Planner:
         self.sites = {site.nodes[0]: site for site in sites}
         self.attending = {node for site in sites for node in site.nodes}
         self.homes: dict[tuple[fx.Node, int], Placement] = dict(self.marks)
-        self.nodes: dict[fx.Node, NodePlan] = {}
+        self.nodes = {node: NodePlan(OpSharding("", (), (home,)), (home,)) for node, home in inputs.items()}
+        self.homes |= {(node, 0): home for node, home in inputs.items()}
         self.site_plans: list[SitePlan] = []
         self.fallbacks: list[Fallback] = []
 

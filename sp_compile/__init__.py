@@ -36,6 +36,7 @@ from .links import Links, measure_links
 from .region import replicated_region
 from .report import Report
 from .rules import register_sharding_rule
+from .sharded_input import ShardedInput, sharded_input, sharded_inputs
 from .verify import Verification, verify
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "RuleError",
     "SequenceParallelConfig",
     "SequenceParallelError",
+    "ShardedInput",
     "Verification",
     "VerificationError",
     "destroy_sequence_parallel",
@@ -66,6 +68,8 @@ __all__ = [
     "register_sharding_rule",
     "replicated_region",
     "rewritten_graphs",
+    "sharded_input",
+    "sharded_inputs",
     "sp_backend",
     "verify",
 ]

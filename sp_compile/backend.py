@@ -7,6 +7,7 @@ A graph with nothing to shard, a world of one rank, and no process group at all 
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import TracingContext
 from torch._subclasses import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from .capture import CapturedGraph, capture
@@ -26,13 +30,14 @@ from .config import SequenceParallelConfig
 from .debug import log_summary, record, record_unsharded
 from .errors import CaptureError, ConfigurationError, FallbackError, user_line
 from .graph import GraphRules
-from .group import current_epoch, cuts_graphs_for_ddp, rank_tensor, resolve_group
+from .group import current_epoch, cuts_graphs_for_ddp, mesh_of, rank_tensor, resolve_group
 from .guard import guard_graph
 from .ops import LOWERING_VERSION
 from .passes import find_attention, find_mixers, insert_collectives, pack_exchanges, propagate
-from .plan import AttentionSite, Fallback, ShardedGraph, ShardingPlan, SiteOperand
+from .plan import AttentionSite, Fallback, LeavingOutput, ShardedGraph, ShardingPlan, SiteOperand
 from .rules import stays_whole
-from .sharding import Placement, Sharded
+from .sharded_input import ShardedInput
+from .sharding import Sharded, block_rows, size_of, whole_layout
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +65,7 @@ def sp_backend(
     """
     config = SequenceParallelConfig.from_options(options)
     group = resolve_group(config.group)
+    _check_sharded_inputs(example_inputs, group)
     if group is None or group.size() == 1:
         compiled = _compile_inner(config, gm, example_inputs)
     else:
@@ -75,6 +81,15 @@ def sp_backend(
         return compiled(*args)
 
     return run
+
+
+def _check_sharded_inputs(inputs: Sequence[Any], group: dist.ProcessGroup | None) -> None:
+    for value in inputs:
+        if isinstance(value, ShardedInput) and (group is None or value.group_name != group.group_name):
+            raise ConfigurationError(
+                f"a sharded input of shape {list(value.shape)} was made for another SP group than the model is "
+                "compiled for: make it anew after init_sequence_parallel, or with the option 'group' of the model"
+            )
 
 
 def _reject_cut_graphs() -> None:
@@ -93,13 +108,16 @@ def _compile(
     try:
         planned = plan_graph(gm, example_inputs, config, group.group_name, group.size())
     except CaptureError as error:
+        if any(isinstance(value, ShardedInput) for value in example_inputs):
+            raise FallbackError(f"{error}; this graph would run unsharded, so give it its inputs whole") from error
         if config.strict:
             raise FallbackError(f"{error}; without strict=True this graph runs unsharded") from error
         log.warning("a graph runs unsharded: %s", error)
         record_unsharded(gm, None, str(error))
         return _compile_inner(config, gm, example_inputs)
-    _report(planned.plan.fallbacks, config.strict)
     sharded, captured = planned.sharded, planned.captured.graph_module
+    _report(planned.plan.fallbacks, config.strict)
+    _report_outputs(planned, config.strict)
     if sharded is None:
         unsharded = record_unsharded(captured, planned.plan, "nothing to shard")
         log_summary(unsharded.name, planned.rules, planned.plan, None, planned.seconds)
@@ -125,9 +143,10 @@ def _compile(
             rewritten,
             gm.graph.find_nodes(op="placeholder"),
             example_inputs,
-            lambda: _compile_sharded(config, sharded.graph_module, [*example_inputs, rank]),
+            lambda: _compile_local(config, sharded.graph_module, [*example_inputs, rank]),
         )
-    return lambda *args: _without_padding(inner(*args, rank), sharded.outputs)
+    leave = _leaving(sharded.outputs, group, config.group)
+    return lambda *args: leave(inner(*args, rank))
 
 
 @dataclass(frozen=True)
@@ -157,14 +176,46 @@ def plan_graph(
     rules = GraphRules(captured.graph_module.graph, captured.replicated)
     sites = clock.time("find_attention", find_attention, rules)
     mixers = () if sites else clock.time("find_mixers", find_mixers, rules)
-    plan = clock.time("propagate", propagate, rules, sites, mixers, parts, config.attention)
+    cut = _sharded_placeholders(captured, example_inputs)
+    plan = clock.time("propagate", propagate, rules, sites, mixers, parts, config.attention, cut)
     unpacked = sharded = None
     if plan.shards:
         module = captured.graph_module
-        unpacked = clock.time("insert_collectives", insert_collectives, module, rules, plan, group_name, config)
-        clock.time("local_values", _set_local_values, unpacked.graph_module, captured)
+        outputs = config.output_kinds(captured.output_names)
+        arguments = (module, rules, plan, group_name, config, outputs)
+        unpacked = clock.time("insert_collectives", insert_collectives, *arguments)
+        clock.time("local_values", _set_local_values, unpacked.graph_module, captured, cut, parts)
         sharded = clock.time("pack_exchanges", pack_exchanges, unpacked)
     return PlannedGraph(captured, rules, sites, mixers, plan, unpacked, sharded, clock.seconds)
+
+
+def _sharded_placeholders(captured: CapturedGraph, example_inputs: Sequence[Any]) -> dict[fx.Node, Sharded]:
+    """The inputs of which each rank holds its rows; raises `CaptureError` for one that the graph writes to."""
+    cut: dict[fx.Node, Sharded] = {}
+    placeholders = captured.graph_module.graph.find_nodes(op="placeholder")
+    for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
+        if isinstance(value, ShardedInput):
+            if index in captured.mutated_inputs:
+                raise CaptureError(f"the graph writes to the sharded input {node.name}")
+            size = size_of(captured.inputs[index].shape[value.sharded_dim])
+            cut[node] = Sharded(value.sharded_dim, whole_layout(size))
+    return cut
+
+
+def _compile_local(config: SequenceParallelConfig, gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    """The inner backend's callable for inputs of the rewritten graph; it takes the rows of those that are sharded."""
+    context = TracingContext.try_get()
+    for value in inputs:
+        if isinstance(value, ShardedInput) and context is not None:
+            # The symbols that Dynamo has given to the sizes of the rows.
+            context.tensor_to_context[value.block] = context.tensor_to_context[value].inner_contexts["block"]
+    inner = _compile_sharded(config, gm, list(map(_rows, inputs)))
+    at = [index for index, value in enumerate(inputs) if isinstance(value, ShardedInput)]
+    return (lambda *args: inner(*map(_rows, args))) if at else inner
+
+
+def _rows(value: Any) -> Any:
+    return value.block if isinstance(value, ShardedInput) else value
 
 
 class _Clock:
@@ -178,15 +229,49 @@ class _Clock:
         return result
 
 
-def _without_padding(outputs: Sequence[Any], placements: Sequence[Placement]) -> list[Any]:
-    """The outputs of the graph; the last ones are the real rows of each that left as a shard."""
-    kept = list(outputs[: len(placements)])
-    at = [index for index, placement in enumerate(placements) if isinstance(placement, Sharded)]
-    for index, real in zip(at, outputs[len(placements) :], strict=True):
-        placement = placements[index]
-        assert isinstance(placement, Sharded)
-        kept[index] = kept[index].index_select(placement.dim, real.nonzero().flatten())
-    return kept
+def _leaving(
+    plans: Sequence[LeavingOutput], group: dist.ProcessGroup, given: dist.ProcessGroup | DeviceMesh | None
+) -> Callable[[Sequence[Any]], list[Any]]:
+    """What makes the outputs of a `ShardedGraph` those of the user: without padding, and as DTensors where asked.
+
+    The gradient of a DTensor is that of the whole value, of which `from_local` hands each rank its rows: what "shard"
+    calls the gradient of the sum of the ranks' losses, that sum being the one loss.
+    """
+
+    @functools.cache
+    def mesh(device_type: str) -> DeviceMesh:
+        return mesh_of(group, given, device_type)
+
+    def leave(outputs: Sequence[Any]) -> list[Any]:
+        kept, behind = list(outputs[: len(plans)]), iter(outputs[len(plans) :])
+        for index, plan in enumerate(plans):
+            if isinstance(plan.placement, Sharded):
+                value, dim = kept[index], plan.placement.dim
+                order = _memory_order(value, plan.is_padded)
+                if plan.is_padded:
+                    value = value.index_select(dim, next(behind).nonzero().flatten())
+                if plan.size is not None:
+                    size = plan.size if isinstance(plan.size, int) else next(behind)
+                    value = _as_dtensor(value, dim, size, order, mesh(value.device.type))
+                kept[index] = value
+        return kept
+
+    return leave
+
+
+def _memory_order(value: Tensor, is_padded: bool) -> list[int]:
+    """The dimensions from the innermost in memory to the outermost; what padding is cut off is laid out anew."""
+    strides = value.stride()
+    return sorted(range(value.dim()), key=lambda dim: (0 if is_padded else strides[dim], -dim))
+
+
+def _as_dtensor(value: Tensor, dim: int, size: int, order: Sequence[int], mesh: DeviceMesh) -> DTensor:
+    """`size` is the global one of dimension `dim`, `order` that of the dimensions in memory."""
+    shape = torch.Size([*value.shape[:dim], size, *value.shape[dim + 1 :]])
+    strides, step = [0] * value.dim(), 1
+    for d in order:
+        strides[d], step = step, step * shape[d]
+    return DTensor.from_local(value, mesh, [Shard(dim)], run_check=False, shape=shape, stride=tuple(strides))
 
 
 def _compile_inner(config: SequenceParallelConfig, gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
@@ -227,7 +312,9 @@ def _cache_key_tag(group: dist.ProcessGroup) -> str:
     return f"{tag}sp_compile lowering {LOWERING_VERSION}, group {group.group_name} of {group.size()}"
 
 
-def _set_local_values(module: fx.GraphModule, captured: CapturedGraph) -> None:
+def _set_local_values(
+    module: fx.GraphModule, captured: CapturedGraph, cut: Mapping[fx.Node, Sharded], parts: int
+) -> None:
     """Write the local value of every node to `meta["val"]`, for whoever prints the graph."""
     mode = next((x.fake_mode for x in captured.inputs if hasattr(x, "fake_mode")), None) or FakeTensorMode()
 
@@ -245,7 +332,13 @@ def _set_local_values(module: fx.GraphModule, captured: CapturedGraph) -> None:
     grad_mode = torch.is_grad_enabled()
     guards = mode.shape_env.suppress_guards() if mode.shape_env is not None else nullcontext()
     with mode, guards, enable_python_dispatcher(), torch.no_grad():
-        Propagate(module).run(*captured.inputs, torch.zeros(1, dtype=torch.int64))
+        inputs = list(captured.inputs)
+        for index, node in enumerate(captured.graph_module.graph.find_nodes(op="placeholder")):
+            if node in cut:
+                dim, value = cut[node].dim, inputs[index]
+                rows = block_rows(value.shape[dim], 1, parts)
+                inputs[index] = value.new_empty([*value.shape[:dim], rows, *value.shape[dim + 1 :]])
+        Propagate(module).run(*inputs, torch.zeros(1, dtype=torch.int64))
     torch.set_grad_enabled(grad_mode)
 
 
@@ -260,3 +353,13 @@ def _report(fallbacks: Sequence[Fallback], strict: bool) -> None:
             rule = "" if fallback.node.op == "call_module" else "give it a rule with register_sharding_rule, "
             raise FallbackError(f"{text}; {rule}opt it out with replicated_region(), or compile without strict=True")
         log.warning("%s", text)
+
+
+def _report_outputs(planned: PlannedGraph, strict: bool) -> None:
+    outputs = planned.sharded.outputs if planned.sharded is not None else ()
+    for index, (name, plan) in enumerate(zip(planned.captured.output_names, outputs, strict=False)):
+        if plan.gathered:
+            text = f"output {index} ({name!r}) is gathered: {plan.gathered}"
+            if strict:
+                raise FallbackError(f"{text}, 'gather' it with the option 'outputs', or compile without strict=True")
+            log.warning("%s", text)

@@ -51,6 +51,7 @@ from sp_compile.canonicalize import (
 from sp_compile.errors import CaptureError, user_line
 from sp_compile.opaque import CONTEXT_FN, RETRACED, collapse
 from sp_compile.region import in_replicated_region
+from sp_compile.sharded_input import ShardedInput
 
 aten = torch.ops.aten
 
@@ -69,12 +70,14 @@ _DROPOUTS = (
 class CapturedGraph:
     """`graph_module` has Dynamo's placeholders and output; `inputs` are fakes for the former, and
     `mutated_inputs` the positions of those that it writes to, at its end. `replicated` are the nodes
-    that the user put in a `replicated_region()`."""
+    that the user put in a `replicated_region()`, `output_names` the variables that outputs were last
+    assigned to."""
 
     graph_module: GraphModule
     inputs: tuple[Any, ...]
     mutated_inputs: tuple[int, ...]
     replicated: frozenset[Node]
+    output_names: tuple[str, ...]
 
 
 def capture(gm: GraphModule, example_inputs: Sequence[Any], keep: Keep) -> CapturedGraph:
@@ -91,7 +94,8 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any], keep: Keep) -> Captu
     graph_module = canonical(traced, gm, inputs, mutated, returned)
     _reject_shared_storage(gm, example_inputs, mutated)
     replicated = frozenset(filter(in_replicated_region, graph_module.graph.nodes))
-    return CapturedGraph(graph_module, tuple(inputs), mutated, replicated)
+    names = tuple(str(output) for output in gm.graph.output_node().args[0])  # type: ignore[union-attr]
+    return CapturedGraph(graph_module, tuple(inputs), mutated, replicated, names)
 
 
 def _bodies(gm: GraphModule) -> Iterator[GraphModule]:
@@ -132,7 +136,9 @@ def _fakify(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
         if not isinstance(x, torch.Tensor):
             return x
         if isinstance(x, LocalTensor):
-            return _fakify_simulated(fake_mode, x, contexts.get(x))
+            return _fakify_by_shape(fake_mode, x, contexts.get(x), next(iter(x._local_tensors.values())))
+        if isinstance(x, ShardedInput):
+            return _fakify_by_shape(fake_mode, x, contexts.get(x), x)
         if is_traceable_wrapper_subclass(x):
             raise CaptureError(f"an input is a tensor subclass ({type(x).__name__})")
         symbolic = contexts.get(x)
@@ -147,14 +153,13 @@ def _fakify(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
     return fake_mode, [fakify(x) for x in example_inputs]
 
 
-def _fakify_simulated(fake_mode: FakeTensorMode, x: LocalTensor, symbolic: Any) -> torch.Tensor:
-    """A value of simulated ranks, as one rank has it."""
-    local = next(iter(x._local_tensors.values()))
+def _fakify_by_shape(fake_mode: FakeTensorMode, x: torch.Tensor, symbolic: Any, like: torch.Tensor) -> torch.Tensor:
+    """A value of simulated ranks as one rank has it, or a sharded input as the program sees it."""
     with fake_mode:
         sizes = x.shape
         if symbolic is not None:
             sizes = fake_mode.from_tensor(x, symbolic_context=symbolic, source=symbolic.tensor_source).shape
-        return torch.empty(sizes, dtype=local.dtype, device=local.device, requires_grad=x.requires_grad)
+        return torch.empty(sizes, dtype=like.dtype, device=like.device, requires_grad=x.requires_grad)
 
 
 class _HiddenGradMode(Exception):

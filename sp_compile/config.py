@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -14,14 +14,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from sp_compile.errors import ConfigurationError
 
-Outputs = Literal["gather", "shard"]
+Output = Literal["gather", "shard", "dtensor"]
+Outputs = Output | Mapping[str | int, Output] | tuple[tuple[str | int, Output], ...]
 ParameterGradients = Literal["all_reduce", "local"]
 Attention = Literal["auto", "ulysses", "all_gather_kv", "replicate"]
 RandomNumbers = Literal["parallel", "exact"]
 Guards = Literal["off", "shapes", "on", "debug"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "outputs": get_args(Outputs),
+    "outputs": get_args(Output),
     "param_grads": get_args(ParameterGradients),
     "attention": get_args(Attention),
     "rng": get_args(RandomNumbers),
@@ -46,7 +47,13 @@ class SequenceParallelConfig:
 
     outputs: Outputs = "gather"
     """"gather": every rank returns outputs of full shape. "shard": a rank returns its own rows,
-    without padding, and gradients are those of the sum over ranks of their local losses."""
+    without padding, and gradients are those of the sum over ranks of their local losses. "dtensor": its own rows as a
+    `DTensor` of placement `Shard`, whose gradient is that of the whole value, as with "gather". What is whole on every
+    rank anyway, such as a loss, is a plain tensor with any of them.
+
+    One for all outputs; or a mapping, `{"logits": "dtensor"}`, from the variable of the model that an output was
+    assigned to, or its position among the tensors that the graph returns (-1: the last), those not named being
+    gathered. It is kept as a sorted tuple of pairs."""
 
     param_grads: ParameterGradients = "all_reduce"
     """"all_reduce": a parameter's gradient is the full one on every rank. "local": it is this
@@ -83,9 +90,11 @@ class SequenceParallelConfig:
     two calls, on writing a checkpoint say; compiling does not count."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.outputs, str):
+            object.__setattr__(self, "outputs", _named_outputs(self.outputs))
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            if value not in choices:
+            if value not in choices and (name != "outputs" or isinstance(value, str)):
                 raise ConfigurationError(_wrong_value(name, value, choices))
         for name in ("strict", "overlap"):
             if not isinstance(getattr(self, name), bool):
@@ -109,6 +118,26 @@ class SequenceParallelConfig:
         elif not callable(self.inner_backend):
             raise ConfigurationError(_wrong_type("inner_backend", self.inner_backend, "a name or a callable"))
 
+    def output_kinds(self, names: Sequence[str]) -> tuple[Output, ...]:
+        """How each output of a graph leaves it; `names` are those of the variables that they were assigned to.
+
+        Raises `ConfigurationError` for a name or a position that this graph does not have.
+        """
+        if isinstance(self.outputs, str):
+            return (self.outputs,) * len(names)
+        kinds: dict[int, Output] = {}
+        for key, kind in dict(self.outputs).items():
+            at = [i for i, name in enumerate(names) if key in (name, i, i - len(names))]
+            if not at:
+                listed = ", ".join(f"{i}: {name!r}" for i, name in enumerate(names))
+                raise ConfigurationError(
+                    f"option 'outputs' has {key!r}{_suggestion(key, names)} This graph returns {listed or 'nothing'}. "
+                    "After a graph break, or without labels, a model returns others: compile it with options of its own"
+                )
+            if any(kinds.setdefault(i, kind) != kind for i in at):
+                raise ConfigurationError(f"option 'outputs' names output {at[0]} ({names[at[0]]!r}) twice: say it once")
+        return tuple(kinds.get(i, "gather") for i in range(len(names)))
+
     @classmethod
     def from_options(cls, options: Mapping[str, object] | None) -> SequenceParallelConfig:
         """The configuration that `torch.compile(..., options=options)` asks for.
@@ -123,6 +152,20 @@ class SequenceParallelConfig:
                     f"unknown option {name!r}{_suggestion(name, names)} The options are {', '.join(names)}."
                 )
         return cls(**given)
+
+
+def _named_outputs(outputs: object) -> tuple[tuple[str | int, Output], ...]:
+    pairs = isinstance(outputs, tuple) and all(isinstance(each, tuple) and len(each) == 2 for each in outputs)
+    if not isinstance(outputs, Mapping) and not pairs:
+        takes = f"one of {', '.join(map(repr, get_args(Output)))}, or a mapping of names or positions to these"
+        raise ConfigurationError(_wrong_type("outputs", outputs, takes))
+    named: dict[Any, Any] = dict(outputs)  # type: ignore[call-overload]
+    for key, kind in named.items():
+        if isinstance(key, bool) or not isinstance(key, str | int):
+            raise ConfigurationError(_wrong_type("outputs", key, "the names or positions of outputs as keys"))
+        if kind not in get_args(Output):
+            raise ConfigurationError(_wrong_value(f"outputs[{key!r}]", kind, get_args(Output)))
+    return tuple(sorted(named.items(), key=lambda pair: (isinstance(pair[0], str), pair[0])))
 
 
 def _check_backend_name(name: str) -> None:

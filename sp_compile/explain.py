@@ -40,7 +40,7 @@ from .cost import SiteSizes, attention_bytes, flops, peak_activation_bytes, plan
 from .errors import CaptureError, ConfigurationError, user_line
 from .graph import GraphRules
 from .links import Links
-from .plan import Fallback, ShardingPlan, SitePlan
+from .plan import Fallback, ShardedGraph, ShardingPlan, SitePlan
 from .report import FallbackCost, Graph, Launches, Op, Output, Report, Scale, Site, Strategy, Totals, WholeOp
 from .sharding import Replicated, Sharded
 from .traffic import Traffic, traffic
@@ -234,7 +234,7 @@ def _explain_graph(
         [each.site for each in sites],
         launches,
         fallbacks,
-        _outputs(rewritten, launches, _UNBREAK if ends else _KEEP),
+        _outputs(planned.sharded, launches, _UNBREAK if ends else _KEEP),
     )
     bounds = _lower_bounds(planned.rules, sites, launches, origins, parts)
     sizes = tuple((each.sizes, each.site.strategy) for each in sites)
@@ -441,12 +441,13 @@ def _lower_bounds(
     return forward, backward
 
 
-def _outputs(graph: fx.Graph, launches: Sequence[Launches], remedy: str) -> list[Output]:
+def _outputs(sharded: ShardedGraph, launches: Sequence[Launches], remedy: str) -> list[Output]:
     gathered = {each.name: each.bytes_forward for each in launches if each.op == "sp.all_gather"}
     moved = sum(each.bytes_forward for each in launches)
-    (returned,) = graph.output_node().args
+    (returned,) = sharded.graph_module.graph.output_node().args
+    assert isinstance(returned, tuple)
     found = []
-    for output in returned if isinstance(returned, (tuple, list)) else ():
+    for output, leaves in zip(returned, sharded.outputs, strict=False):
         if isinstance(output, fx.Node) and isinstance(output.meta.get("val"), Tensor):
             source = output
             while source.name not in gathered and getattr(source.target, "namespace", "") == "aten":
@@ -454,8 +455,9 @@ def _outputs(graph: fx.Graph, launches: Sequence[Launches], remedy: str) -> list
                     break
                 (source,) = source.all_input_nodes  # a view of what was gathered
             size = gathered.get(source.name, 0)
-            expensive = size > moved / 4
-            found.append(Output(output.name, _shape(output.meta["val"]), size, expensive, remedy if expensive else ""))
+            expensive = size > moved / 4 or bool(leaves.gathered)
+            told = leaves.gathered or (remedy if expensive else "")
+            found.append(Output(output.name, _shape(output.meta["val"]), size, expensive, told))
     return found
 
 

@@ -24,6 +24,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed._local_tensor import enabled_local_tensor_mode
 from torch.distributed._local_tensor._c10d import _prepare_collective_groups
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from sp_compile.errors import ConfigurationError
 
@@ -193,6 +194,14 @@ def resolve_group(group: ProcessGroup | DeviceMesh | None) -> ProcessGroup | Non
     if group.ndim == 1:
         return group.get_group()
     raise ConfigurationError(_no_sp_dimension(group))
+
+
+def mesh_of(group: ProcessGroup, given: ProcessGroup | DeviceMesh | None, device_type: str) -> DeviceMesh:
+    """The one-dimensional mesh of an SP group: of the mesh that was `given` as the option `group`, or a new one."""
+    _clear_sharding_prop_cache()  # it answers with meshes that are equal, and whose groups may have been destroyed
+    if isinstance(given, DeviceMesh):
+        return given if given.ndim == 1 else given[MESH_DIM_NAME]
+    return DeviceMesh.from_group(group, device_type, mesh_dim_names=(MESH_DIM_NAME,))
 
 
 def rank_tensor(group: ProcessGroup, device: torch.device | str) -> Tensor:

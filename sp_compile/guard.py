@@ -46,6 +46,7 @@ from torch.utils._dtype_abbrs import dtype_abbrs
 from .config import SequenceParallelConfig
 from .debug import RewrittenGraph, format_graph
 from .errors import ConfigurationError, RankLostError, RankMismatchError, SequenceParallelError
+from .sharded_input import ShardedInput
 
 log = logging.getLogger(__name__)
 
@@ -631,7 +632,9 @@ def checksums_of(values: Sequence[Any]) -> list[int | None]:
     sums: dict[torch.device, list[tuple[int, Tensor]]] = {}
     with torch.no_grad():
         for index, value in enumerate(values):
-            if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
+            if not isinstance(value, Tensor) or isinstance(value, ShardedInput):
+                continue  # of a sharded input every rank has other rows
+            if value.layout == torch.strided and not value.is_meta:
                 sums.setdefault(value.device, []).append((index, checksum(value)))
         found: list[int | None] = [None] * len(values)
         for of_device in sums.values():

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from .rule import OpSharding
-from .sharding import REPLICATED, Placement
+from .sharding import REPLICATED, Placement, Size
 
 
 @dataclass(frozen=True)
@@ -98,17 +98,31 @@ class ShardingPlan:
 
 
 @dataclass(frozen=True)
+class LeavingOutput:
+    """How one output leaves the graph."""
+
+    placement: Placement
+    """Replicated unless it leaves as a shard."""
+    is_padded: bool
+    """Whether some ranks may hold padding."""
+    size: Size | None
+    """Of a DTensor the global size of the sharded dimension; None: it is a plain tensor."""
+    gathered: str
+    """Why it is whole though it was to stay sharded."""
+
+
+@dataclass(frozen=True)
 class ShardedGraph:
     """The rewritten graph: Dynamo's placeholders and then `sp_rank`, int64 `[1]`; Dynamo's outputs.
 
-    Of each output that leaves as a shard, a mask of the rows that are no padding follows behind, bool `[local]`.
+    Behind them follow, of each output that leaves as a shard, a mask of the rows that are no padding, bool `[local]`,
+    if it is padded, and `LeavingOutput.size` if that is symbolic.
     """
 
     graph_module: fx.GraphModule
     origins: Mapping[str, str]
     """Which captured node each node stands for, or was made for, by name."""
-    outputs: tuple[Placement, ...]
-    """How each output leaves the graph: Replicated unless shards were asked for."""
+    outputs: tuple[LeavingOutput, ...]
     values: tuple[tuple[str, str, Placement], ...]
     """(node, captured node whose value it holds, in which placement), by name: where an op made it, and wherever it was
     brought to; in the order of the graph."""

@@ -125,6 +125,17 @@ class Layout:
         blocks = [block_size(segment.span, segment.granule, parts) for segment in self.segments]
         return product([self.outer, size_of(sympy.Add(*blocks))])
 
+    def is_even(self, parts: int) -> bool:
+        """Whether it is known that no rank holds padding."""
+        blocks = [block_size(segment.span, segment.granule, parts) for segment in self.segments]
+        return all(s.size == block * parts == s.span for s, block in zip(self.segments, blocks, strict=True))
+
+    def is_chunked(self, parts: int) -> bool:
+        """Whether the rows of rank r are chunk r of `torch.chunk`, as `Shard` of a DTensor has them."""
+        first, *others = self.segments
+        plain = self.outer == 1 and not others and first.span == first.size
+        return plain and self.local_size(parts) == block_size(first.size, 1, parts)
+
     def real_rows(self, rank: int, parts: int) -> list[tuple[int, int]]:
         """(local, global) index of each row of `rank` that is no padding; the sizes have to be ints."""
         rows, sizes = [], [(int(s.size), int(s.before), int(s.span), int(s.granule)) for s in self.segments]

@@ -35,7 +35,7 @@ def test_options_arrive_and_the_result_is_frozen() -> None:
         ),
         (
             {"outputs": "gathered"},
-            "option 'outputs' is 'gathered'; did you mean 'gather'? It takes one of 'gather', 'shard'.",
+            "option 'outputs' is 'gathered'; did you mean 'gather'? It takes one of 'gather', 'shard', 'dtensor'.",
         ),
         (
             {"attention": "ring"},

@@ -22,6 +22,7 @@ LAYERS = (
         "canonicalize",
         "opaque",
         "region",
+        "sharded_input",
         "capture",
     },
     {"rules", "graph", "plan", "homes", "cost", "traffic", "links", "functional", "data"},

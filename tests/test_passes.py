@@ -246,7 +246,9 @@ def written(function: nn.Module, *args: Tensor, parts: int = 2, **options: Any) 
     module, rules = rules_of(function, *args)
     plan = propagate(rules, find_attention(rules), (), parts, "auto")
     with fake_world(parts):
-        return insert_collectives(module, rules, plan, "0", SequenceParallelConfig(**options)).graph_module
+        config = SequenceParallelConfig(**options)
+        kinds = config.output_kinds([str(output) for output in module.graph.output_node().args[0]])
+        return insert_collectives(module, rules, plan, "0", config, kinds).graph_module
 
 
 def counts(module: fx.GraphModule) -> Counter[str]:
