@@ -105,6 +105,27 @@ def grouped(shape: tuple[int, ...], blocks: Blocks, dim: int, heads: int) -> Cas
     return Case(op, shape, blocks, Blocks(dim, (heads,)), function)
 
 
+def gather_replicate(shape: tuple[int, ...], blocks: Blocks) -> Case:
+    """Each rank's share of the gradient is a P-th of the whole."""
+
+    def op(x: Tensor, rank: Tensor, group: str) -> Tensor:
+        whole = sp.all_gather_replicate(x, *blocks.args, group)
+        return sp.scale_gradient(whole, 1 / torch.distributed.get_world_size())
+
+    return Case(op, shape, blocks, None)
+
+
+def packed(shape: tuple[int, ...], source: Blocks, target: Blocks) -> Case:
+    """One value twice, the second time doubled."""
+
+    def op(x: Tensor, rank: Tensor, group: str) -> Tensor:
+        numbers = [0, *source.layout.written(), *target.layout.written()]
+        once, twice = sp.all_to_all_packed([x, 2 * x], rank, 2 * numbers, group)
+        return once + twice
+
+    return Case(op, shape, source, target, lambda x: 3 * x)
+
+
 CASES = {
     "shard": shard((2, 7, 3), Blocks(1, (7,))),
     "shard even": shard((2, 12, 3), Blocks(1, (12,))),
@@ -127,6 +148,11 @@ CASES = {
     "exchange outer on both sides": exchange((10, 36), Blocks(0, (5,), (), 2), Blocks(1, (12,), (), 3)),
     "exchange even outer on both sides": exchange((24, 36), Blocks(0, (12,), (), 2), Blocks(1, (12,), (), 3)),
     "exchange of nothing": exchange((0, 3, 5), Blocks(2, (5,)), Blocks(1, (3,))),
+    "gather replicate": gather_replicate((2, 7, 3), Blocks(1, (7,))),
+    "gather replicate even": gather_replicate((2, 12, 3), Blocks(1, (12,))),
+    "gather replicate outer, segments, granules": gather_replicate((30, 2), Blocks(0, (4, 6), (2, 3), 3)),
+    "packed": packed((1, 3, 7, 2), Blocks(2, (7,)), Blocks(1, (3,))),
+    "packed outer, segments": packed((1, 11, 18), Blocks(1, (4, 7)), Blocks(2, (6,), (2,), outer=3)),
     "mask with zero": mask((2, 7, 3), Blocks(1, (7,)), 0),
     "mask with -inf": mask((2, 22), Blocks(-1, (4, 7), (2, 1), 2), float("-inf")),
     "select": select((2, 7, 3), Blocks(1, (7,)), [-1, 0, 3, 3]),
@@ -138,7 +164,7 @@ CASES = {
     "KV 3:3": grouped((2, 7, 3), Blocks(1, (3, 4)), -1, 3),
     "KV 10:5, packed rows": grouped((10, 5, 2), Blocks(0, (5,), (), 2), 1, 10),
 }
-MOVES = [name for name in CASES if not name.startswith(("mask", "KV 3", "KV 1"))]
+MOVES = [name for name in CASES if not name.startswith(("mask", "packed", "KV 3", "KV 1"))]
 DTYPES = [
     torch.float16,
     torch.bfloat16,
@@ -211,6 +237,36 @@ def test_control_a_gradient_padded_by_repetition_is_found(name: str, monkeypatch
     monkeypatch.setattr(ops, "_cut_for_all", lambda x, layout, parts, zero: cut(x, layout, parts, False))
     with pytest.raises(AssertionError):
         check(name, 3)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4])
+def test_what_is_packed_is_what_it_was_alone(parts: int) -> None:
+    """Two dtypes, all kinds of exchange; of the last two one takes no gradient, and of one the result is not used."""
+    rows, heads = Blocks(2, (7,)), Blocks(1, (6,))
+    kinds = [(6, torch.float32), (2, torch.float32), (1, torch.float64), (6, torch.float32), (6, torch.float64)]
+    numbers = [0, *rows.layout.written(), *heads.layout.written()]
+    exchanges = [*numbers, 1, *rows.layout.written(), 1, 6, 2, *rows.layout.written(), *numbers, *numbers]
+    results, grads = [], []
+    for together in (True, False):
+        torch.manual_seed(0)
+        with simulate(parts) as mode:
+            rank, group = mode.rank_map(lambda r: torch.tensor([r])), group_name()
+            local = [mode.rank_map(lambda r, n=n, t=t: torch.randn(1, n, -(-7 // parts), 3, dtype=t)) for n, t in kinds]
+            tensors = [x.requires_grad_(at != 3) for at, x in enumerate(local)]
+            q, k, v, frozen, unused = tensors
+            if together:
+                made = sp.all_to_all_packed(tensors, rank, exchanges, group)
+            else:
+                moves = [sp.all_to_all(x, *rows.args, *heads.args, group) for x in (q, frozen, unused)]
+                made = [moves[0], sp.all_to_all_kv(k, rank, *rows.args, 1, 6, group)]
+                made += [sp.all_gather_replicate(v, *rows.args, group), *moves[1:]]
+            assert [x.requires_grad for x in made] == [True, True, True, False, True]
+            torch.stack([x.double().cos().sum() for x in made[:4]]).sum().backward()
+            assert unused.grad is None and frozen.grad is None
+            results.append([x._local_tensors[r].detach() for x in made for r in range(parts)])
+            grads.append([x.grad._local_tensors[r] for x in (q, k, v) for r in range(parts)])
+    for one, other in zip(results[0] + grads[0], results[1] + grads[1], strict=True):
+        assert_same(one, other)
 
 
 @pytest.mark.parametrize("parts", [2, 3, 4])
@@ -355,6 +411,8 @@ COLLECTIVES = {
     "mask with -inf": ([], []),
     "select": (["all_reduce"], []),
     "KV 6:2": (["all_to_all_single"], ["all_to_all_single"]),
+    "gather replicate": (["all_gather_into_tensor"], ["all_to_all_single"]),
+    "packed": (["all_to_all_single"], ["all_to_all_single"]),
     "sum": (["all_reduce"], []),
     "max": (["all_reduce"], ["all_reduce"]),
     "replicate": ([], ["all_reduce"]),

@@ -116,6 +116,8 @@ COMPILED = [
     "mask with zero",
     "select",
     "KV 6:2",
+    "gather replicate",
+    "packed",
 ]
 
 
