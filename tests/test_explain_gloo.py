@@ -111,11 +111,11 @@ class Broken(nn.Module):
 
 
 class Repeated(nn.Module):
-    """Three layers that break, and so share their graphs."""
+    """Three layers with breaks in between, which so share their graphs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Broken() for _ in range(3))
+        self.layers = nn.ModuleList(Block(4) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
