@@ -37,6 +37,7 @@ from sp_compile.sharding import (
     Sharded,
     Size,
     exact_quotient,
+    product,
     whole_layout,
 )
 
@@ -149,7 +150,39 @@ class _Planner:
                 source, index = source_of(node)
                 seen = self.nodes[source].delivered if source in self.nodes else ()
                 self.nodes[node] = NodePlan(None, (seen[index] if index < len(seen) else REPLICATED,))
+        self._build_masks_locally()
         return ShardingPlan(self.parts, self.nodes, tuple(self.site_plans), tuple(self.fallbacks))
+
+    def _build_masks_locally(self) -> None:
+        """What is as large as a mask of all pairs of rows and cut by all who use it is made as `[S/P, S]`.
+
+        Only where no gradient goes: a cut further up would have its gradient summed over the ranks.
+        """
+        for node in reversed(self.rules.graph.nodes):
+            plan, rule = self.nodes.get(node), self.rules.rule(node)
+            if plan is None or plan.sharding or rule is None or self.rules.is_activation(node) or _is_random(node):
+                continue
+            target = self._cut_by_users(node)
+            if target is None or plan.delivered != (REPLICATED,):
+                continue
+            rows = self.rules.hint(target.layout.size)
+            if self.rules.hint(product(self.rules.shape(node))) < rows * rows:
+                continue
+            sharding = rule.follow_result(0, target, self._placements(node))
+            if sharding is not None and sharding.results == (target,):
+                self.nodes[node] = NodePlan(sharding, sharding.results)
+
+    def _cut_by_users(self, value: fx.Node) -> Sharded | None:
+        """The one placement that every use of a value needs."""
+        found: set[Placement] = set()
+        for user in value.users:
+            rule, plan = self.rules.rule(user), self.nodes.get(user)
+            if rule is None or plan is None or plan.sharding is None or plan.sources:
+                return None
+            operands = enumerate(self.rules.operands(user))
+            found |= {plan.operand(at) for at, operand in operands if operand is value and at not in rule.metadata}
+        target = next(iter(found), None)
+        return target if len(found) == 1 and isinstance(target, Sharded) else None
 
     def _placement(self, node: fx.Node) -> Placement:
         return self.nodes[node].delivered[0] if node in self.nodes else REPLICATED
@@ -570,6 +603,10 @@ class _Planner:
             if _back(path, rows) == came_from and all(_back(path, other) == other for other in others):
                 return at
         return None
+
+
+def _is_random(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def _writes_input(node: fx.Node) -> bool:

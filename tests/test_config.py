@@ -38,6 +38,12 @@ def test_options_arrive_and_the_result_is_frozen() -> None:
             "option 'outputs' is 'gathered'; did you mean 'gather'? It takes one of 'gather', 'shard', 'dtensor'.",
         ),
         (
+            {"outputs": {"logits": "tensor"}},
+            "option \"outputs['logits']\" is 'tensor'; did you mean 'dtensor'? It takes one of",
+        ),
+        ({"outputs": {None: "shard"}}, "It takes the names or positions of outputs as keys."),
+        ({"outputs": ["shard"]}, "or a mapping of names or positions to these."),
+        (
             {"attention": "ring"},
             "option 'attention' is 'ring'. It takes one of 'auto', 'ulysses', 'all_gather_kv', 'replicate'.",
         ),
@@ -84,3 +90,14 @@ def test_the_inner_backend_may_be_a_callable() -> None:
         return graph_module
 
     assert SequenceParallelConfig(inner_backend=bare).inner_backend is bare
+
+
+def test_outputs_by_name_and_position() -> None:
+    config = SequenceParallelConfig(outputs={"logits": "dtensor", -1: "shard"})
+    assert hash(config) == hash(SequenceParallelConfig(outputs={-1: "shard", "logits": "dtensor"}))
+    assert config.output_kinds(["loss", "logits", "hidden"]) == ("gather", "dtensor", "shard")
+    assert SequenceParallelConfig(outputs="shard").output_kinds(["loss", "logits"]) == ("shard", "shard")
+    with pytest.raises(ConfigurationError, match="This graph returns 0: 'loss'. After a graph break"):
+        config.output_kinds(["loss"])
+    with pytest.raises(ConfigurationError, match=r"names output 1 \('logits'\) twice"):
+        config.output_kinds(["loss", "logits"])

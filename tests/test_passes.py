@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,14 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from sp_compile import rewritten_graphs, sp_backend
 from sp_compile.capture import capture
+from sp_compile.comparison import on_rank
 from sp_compile.config import SequenceParallelConfig
 from sp_compile.graph import GraphRules
 from sp_compile.passes import find_attention, find_mixers, insert_collectives, propagate
 from sp_compile.plan import ShardingPlan
 from sp_compile.rules import stays_whole
 from sp_compile.sharding import REPLICATED, Sharded, whole_layout
-from sp_compile.simulation import fake_world
+from sp_compile.simulation import fake_world, simulate
 
 B, H, S, D = 2, 3, 7, 4
 
@@ -315,3 +318,43 @@ def test_an_output_that_is_a_view_of_an_input_stays_one() -> None:
     assert view.target is torch.ops.aten.transpose.int  # type: ignore[union-attr]
     assert view.args[0].op == "placeholder"  # type: ignore[union-attr]
     assert counts(module)["all_gather"] == 1
+
+
+class Masked(nn.Module):
+    """Attention under a causal mask that the model builds, written out or as one op."""
+
+    def __init__(self, mask: str, eager: bool) -> None:
+        super().__init__()
+        self.qkv, self.mask, self.eager = nn.Linear(12, 36), mask, eager
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        q, k, v = (t.unflatten(-1, (3, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        rows = torch.arange(length)
+        tril = torch.ones(length, length, dtype=torch.bool).tril()
+        mask = tril if self.mask == "tril" else rows[:, None] >= rows
+        if not self.eager:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out: Tensor = (q @ k.transpose(-1, -2)).masked_fill(~mask, -torch.inf).softmax(-1) @ v
+        return out
+
+
+def masks_of(mask: str, eager: bool, attention: str) -> set[tuple[int, ...]]:
+    """The local shapes of all that is boolean and has two dimensions or more, of 14 rows on 2 ranks."""
+    options = {"attention": attention, "inner_backend": "eager"}
+    x, model = torch.randn(1, 14, 12), Masked(mask, eager)
+    with simulate(2):
+        out = torch.compile(model, backend=partial(sp_backend, options=options))(x)
+        assert torch.allclose(on_rank(out, 1), model(x), atol=1e-5)
+        values = [node.meta.get("val") for node in rewritten_graphs()[-1].rewritten.graph.nodes]
+    masks = [value for value in values if isinstance(value, Tensor) and value.dtype == torch.bool and value.dim() > 1]
+    return {tuple(each.shape) for each in masks}
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_mask_of_positions_is_built_where_it_is_used(eager: bool) -> None:
+    assert masks_of("positions", eager, "all_gather_kv") == {(7, 14)}
+    assert masks_of("positions", eager, "ulysses") == {
+        (14, 14)
+    }  # each rank has heads of its own, and all pairs of rows
+    assert masks_of("tril", eager, "all_gather_kv") == {(14, 14), (7, 14)}  # tril wants to know which rows it has
