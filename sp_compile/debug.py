@@ -267,7 +267,7 @@ def _layout(given: Mapping[str, Any], prefix: str) -> str:
 
 
 def _exchanges(numbers: Sequence[Any]) -> list[str]:
-    """Those of `all_to_all_packed`, as those of the ops that it packs."""
+    """Those of `all_to_all_packed`, as those of the ops that it packs; once if they are all the same."""
     left, words = iter(numbers), []
     for kind in left:
         words.append(f"gather {_placed(ShardedDim.read(left))}")
@@ -275,7 +275,7 @@ def _exchanges(numbers: Sequence[Any]) -> list[str]:
             words[-1] += f" scatter {_placed(ShardedDim.read(left))}"
         elif PACKED[kind] == "all_to_all_kv":
             words[-1] += f" head_dim={next(left)} query_heads={next(left)}"
-    return words
+    return words[:1] if len(set(words)) == 1 else words
 
 
 def _placed(layout: ShardedDim) -> str:
