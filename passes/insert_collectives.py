@@ -280,10 +280,11 @@ class _Writer:
             delivered = self.plan.placement(value)
             if target == made:
                 return self.written[value]  # a neighbour that borrows the same dimension: no way home and back
-            at_home = self._move(self.written[value], value, made, delivered, None)
-            self.converted[value, delivered, self.region] = at_home
+            home = (value, delivered, self.region)
+            if home not in self.converted:
+                self.converted[home] = self._move(self.written[value], value, made, delivered, None)
             if key not in self.converted:
-                self.converted[key] = self._move(at_home, value, delivered, target, role)
+                self.converted[key] = self._move(self.converted[home], value, delivered, target, role)
         return self.converted[key]
 
     def _made(self, value: fx.Node) -> Placement:

@@ -21,7 +21,7 @@ from sp_compile import rewritten_graphs, sp_backend
 from sp_compile.simulation import simulate
 
 from .equivalence import assert_equivalent, differences, step
-from .programs import PROGRAMS, Parts, Program, moved
+from .programs import PROGRAMS, Parts, Program, moved, wasted
 
 
 @pytest.mark.parametrize("case", PROGRAMS, ids=lambda case: case.name)
@@ -35,6 +35,7 @@ def test_program_is_right_on_every_rank(case: Program) -> None:
     if not case.whole:
         assert not [str(fallback.node) for graph in graphs for fallback in graph.plan.fallbacks]
         assert not total["all_gather"]
+    assert not [move for graph in graphs for move in wasted(graph)]
     if case.moves:
         assert total == case.moves
 

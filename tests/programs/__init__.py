@@ -1,7 +1,7 @@
 """Small programs in one table, a file per family."""
 
 from . import attention, dresses, losses, masks, mixing, modules, shifts, sizes, states, streams, tokens, windows
-from .table import PROGRAMS, Parts, Program, moved
+from .table import PROGRAMS, Parts, Program, moved, wasted
 
 __all__ = [
     "PROGRAMS",
@@ -19,5 +19,6 @@ __all__ = [
     "states",
     "streams",
     "tokens",
+    "wasted",
     "windows",
 ]

@@ -6,15 +6,16 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from operator import getitem
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sp_compile import RewrittenGraph
 from sp_compile.cost import packed_exchanges
-from sp_compile.ops import GatherExchange
+from sp_compile.ops import GatherExchange, ShardedDim
 
 Argument = tuple[int, ...] | Callable[[], Tensor]
 """The shape of a float64 input that needs a gradient, or what makes another input."""
@@ -146,6 +147,40 @@ def moved(graph: RewrittenGraph) -> Counter[str]:
                     name = role
             counts[name] += 1
     return Counter({name: counts[name] for name in COLLECTIVES if counts[name]})
+
+
+def wasted(graph: RewrittenGraph) -> list[str]:
+    """The moves that repeat another of the same grad mode and autocast, or undo one."""
+    found, region = [], 0
+    seen: dict[str, str] = {}
+    made_by: dict[Any, tuple[Any, ...]] = {}
+    for node in graph.sharded.graph_module.graph.nodes:
+        op = getattr(node.target, "_opname", "") if getattr(node.target, "namespace", "") == "sp" else ""
+        region += node.op == "call_function" and node.meta.get("val") is None
+        moves = []
+        if op == "all_to_all_packed":
+            moves = [(sent, type(move).__name__, *move) for sent, move in packed_exchanges(node, graph.plan.parts)]
+        elif op == "all_to_all":
+            moves = [(node.args[0], "Exchange", ShardedDim(*node.args[1:5]), ShardedDim(*node.args[5:9]), False)]
+        elif op in ("all_gather", "shard"):
+            moves = [(node.args[0], op, *node.args[2:], *node.kwargs.values())]
+        for move in moves:
+            key = f"{move} {region}"
+            if key in seen:
+                found.append(f"{node} repeats {seen[key]}")
+            seen[key] = str(node)
+            above = made_by.get(move[0], (None, ""))
+            undone = move[1] == above[1] == "Exchange" and move[2:4] == above[3:1:-1]
+            if undone or ((move[1], above[1]) == ("shard", "all_gather") and move[2:] == above[2:]):
+                found.append(f"{node} undoes {move[0]}")
+        if len(moves) == 1:
+            made_by[node] = moves[0]
+        elif isinstance(node.args[0] if node.args else None, fx.Node) and op == "" and node.target is getitem:
+            packed = getattr(node.args[0].target, "_opname", "") == "all_to_all_packed"
+            if packed:
+                sent, move = packed_exchanges(node.args[0], graph.plan.parts)[node.args[1]]
+                made_by[node] = (sent, type(move).__name__, *move)
+    return found
 
 
 COLLECTIVES = ("all_to_all", "all_gather", "gather_seq", "all_reduce", "select_rows", "gather_output")
