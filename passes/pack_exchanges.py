@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sp_compile.canonicalize import STATE
 from sp_compile.ops import MOVING_OPS, packed_exchange
 from sp_compile.plan import ShardedGraph
 from sp_compile.rule import argument_defaults
@@ -70,7 +71,7 @@ def find_packs(graph: fx.Graph) -> list[tuple[fx.Node, ...]]:
             else:
                 packs.append([node])
             may_join = True
-        elif node.target in MOVING_OPS or (node.op == "call_function" and node.meta.get("val") is None):
+        elif node.target in MOVING_OPS or node.target in STATE:
             may_join = False
     return [tuple(pack) for pack in packs if len(pack) > 1 or pack[0].target is _GATHER]
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sp_compile import RewrittenGraph
+from sp_compile.canonicalize import STATE
 from sp_compile.cost import packed_exchanges
 from sp_compile.ops import GatherExchange, ShardedDim
 
@@ -156,7 +157,7 @@ def wasted(graph: RewrittenGraph) -> list[str]:
     made_by: dict[Any, tuple[Any, ...]] = {}
     for node in graph.sharded.graph_module.graph.nodes:
         op = getattr(node.target, "_opname", "") if getattr(node.target, "namespace", "") == "sp" else ""
-        region += node.op == "call_function" and node.meta.get("val") is None
+        region += node.target in STATE
         moves = []
         if op == "all_to_all_packed":
             moves = [(sent, type(move).__name__, *move) for sent, move in packed_exchanges(node, graph.plan.parts)]
