@@ -170,15 +170,13 @@ class _Writer:
         if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
             self.sizes.setdefault(value.node.expr, copy)
 
-    def _local_argument(self, node: fx.Node) -> fx.Node:
+    def _local_argument(self, node: fx.Node) -> int | fx.Node:
         """What a node outside the plan takes: `getitem` its source as it is, all else whole values."""
         if self.current is not None and self.current.target is getitem:
             return self.written[node]
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt) and self._known(size_of(value)):
-            size = self.size(size_of(value))
-            assert isinstance(size, fx.Node)
-            return size
+            return self.size(size_of(value))
         return self.convert(node, REPLICATED) if is_tensor(node) else self.written[node]
 
     def _arguments(self, node: fx.Node, operands: Sequence[fx.Node]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -182,7 +182,9 @@ class _Planner:
         sharded = [index for index, placement in enumerate(placements) if isinstance(placement, Sharded)]
         if rule is None:
             if sharded and node not in self.rules.replicated and not _writes_input(node):
-                self._fall_back(node, placements, None, "it has no sharding rule")
+                unknown = self.rules.sized_by_data(node)
+                why = "a size is read from a tensor" if unknown else "it has no sharding rule"
+                self._fall_back(node, placements, None, why)
             return whole
         if not sharded:
             return self._begin(node, rule, placements) or whole

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
@@ -25,7 +24,7 @@ from .capture import CapturedGraph, capture
 from .config import SequenceParallelConfig
 from .debug import log_summary, record, record_unsharded
 from .errors import CaptureError, ConfigurationError, FallbackError, user_line
-from .graph import GraphRules
+from .graph import GraphRules, leaving_no_symbols
 from .group import current_epoch, cuts_graphs_for_ddp, rank_tensor, resolve_group
 from .guard import guard_graph
 from .ops import LOWERING_VERSION
@@ -202,8 +201,7 @@ def _set_local_values(module: fx.GraphModule, captured: CapturedGraph) -> None:
             return result
 
     grad_mode = torch.is_grad_enabled()
-    guards = mode.shape_env.suppress_guards() if mode.shape_env is not None else nullcontext()
-    with mode, guards, enable_python_dispatcher(), torch.no_grad():
+    with mode, leaving_no_symbols(mode), enable_python_dispatcher(), torch.no_grad():
         Propagate(module).run(*captured.inputs, torch.zeros(1, dtype=torch.int64))
     torch.set_grad_enabled(grad_mode)
 

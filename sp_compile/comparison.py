@@ -153,6 +153,8 @@ def relative_error(expected: Any, got: Any, floor: float = 0.0) -> float:
 
     Infinite where shape, dtype, NaNs or infinities differ, where integers do, and where only one of the two is None.
     """
+    if type(expected) is float and type(got) is float:  # as of `item()`
+        expected, got = (torch.tensor(each, dtype=torch.float64) for each in (expected, got))
     if not isinstance(expected, Tensor) or not isinstance(got, Tensor):
         same = not isinstance(expected, Tensor) and not isinstance(got, Tensor) and _same(expected, got)
         return 0.0 if same else float("inf")

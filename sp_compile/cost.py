@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import optimization_hint
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
@@ -279,7 +280,7 @@ def _bytes(value: torch.Tensor) -> int:
 
 
 def _int(size: Any) -> int:
-    """A size as it was at compile time; a node stands for the symbol that it computes."""
+    """A size as it was at compile time, or a guess if data tells it; a node stands for the symbol that it computes."""
     if isinstance(size, fx.Node):
         size = size.meta["val"]
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    return optimization_hint(size) if isinstance(size, torch.SymInt) else int(size)

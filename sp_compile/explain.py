@@ -27,6 +27,7 @@ from torch._dynamo import pgo
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.distributed.distributed_c10d import GroupName
+from torch.fx.experimental.symbolic_shapes import optimization_hint
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 from torch.utils._dtype_abbrs import dtype_abbrs
@@ -271,7 +272,7 @@ def _shape(value: Any) -> list[int]:
 
 
 def _hint(size: Any) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    return optimization_hint(size) if isinstance(size, torch.SymInt) else int(size)
 
 
 def _op_name(node: fx.Node) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from operator import getitem
 
@@ -10,13 +11,23 @@ import sympy
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
-from torch._subclasses import FakeTensor
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from .rule import Op, OpCall, OpShardingRule, TensorSpec, called_module, in_order
 from .rules import has_rule, rule_for
 from .sharding import Size
+
+
+@contextmanager
+def leaving_no_symbols(mode: FakeTensorMode) -> Iterator[None]:
+    """What runs inside adds no guard on the sizes that Dynamo knows, and leaves no new symbol to be accounted for."""
+    with ExitStack() as stack:
+        if mode.shape_env is not None:
+            stack.enter_context(mode.shape_env.suppress_guards())
+            stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
+        yield
 
 
 def is_tensor(node: fx.Node) -> bool:
@@ -67,12 +78,17 @@ class GraphRules:
         if node not in self._rules:
             is_op = op_of(node) is not None and node not in self.replicated
             known = is_op and self.operands(node) and node.meta.get("val") is not None
-            self._rules[node] = rule_for(OpCall.of_node(node)) if known else None
+            self._rules[node] = rule_for(OpCall.of_node(node)) if known and not self.sized_by_data(node) else None
         return self._rules[node]
 
     def operands(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The tensor operands of a node, as in its rule."""
         return operand_nodes(node)
+
+    def sized_by_data(self, node: fx.Node) -> bool:
+        """Whether a size of an operand or result is read from a tensor: it is unknown until then, and may be 0."""
+        values = pytree.tree_leaves([each.meta.get("val") for each in (node, *self.operands(node))])
+        return any(free_unbacked_symbols(value) for value in values if isinstance(value, torch.Tensor))
 
     def shape(self, node: fx.Node) -> tuple[Size, ...]:
         """The global shape of a node's value."""
@@ -85,11 +101,11 @@ class GraphRules:
         return count * int(value.element_size())
 
     def hint(self, size: Size) -> int:
-        """A size as it was when the graph was made; for costs only."""
+        """A size as it was when the graph was made, or a guess if data will tell; for costs only."""
         if isinstance(size, int):
             return size
         shape_env = self._shape_env
-        return int(size.xreplace(shape_env.backed_var_to_val)) if shape_env else int(size)
+        return int(shape_env.optimization_hint(size)) if shape_env else int(size)
 
     def position(self, node: fx.Node) -> int:
         """The place of a node in the order of the graph."""

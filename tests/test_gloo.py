@@ -259,6 +259,38 @@ def test_rows_that_are_cut_off_through_one_dynamic_graph(gloo2: GlooPool, inner:
         assert max(errors) < 1e-4, errors
 
 
+class Measured(nn.Module):
+    """A table cut at a length that is read from a tensor, as DeBERTa's, and values scaled by one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.table = Block(3), nn.Parameter(torch.randn(20, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = torch.tensor(x.shape[1]).item()
+        y = self.block(x) + self.table[20 - length : 20]
+        result: Tensor = self.block(y * y.mean().item())
+        return result
+
+
+def with_a_length_read_from_a_tensor(inner: str) -> tuple[float, int]:
+    alone, before = Measured(), len(rewritten_graphs())
+    model, x = copy.deepcopy(alone), torch.randn(1, 7, 12)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        got = torch.compile(model, backend=partial(sp_backend, options={"inner_backend": inner}))(x)
+    expected = alone(x)
+    expected.square().sum().backward()
+    got.square().sum().backward()
+    error = float((got - expected).detach().abs().max())
+    return max(error, *gradient_errors(alone, model).values()), len(rewritten_graphs()) - before
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_a_length_read_from_a_tensor_does_not_end_the_graph(gloo2: GlooPool, inner: str) -> None:
+    for error, graphs in gloo2.run(with_a_length_read_from_a_tensor, inner):
+        assert error < 1e-4 and graphs == 1
+
+
 def lowered_hashes() -> list[str]:
     """The hash of each graph that AOTAutograd hands on, forward and backward: no `sp::` op is left in them."""
     texts: list[str] = []

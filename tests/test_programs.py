@@ -120,3 +120,37 @@ def test_a_loss_outside_the_compiled_region(parts: int) -> None:
         compiled = torch.compile(module, backend=partial(sp_backend, options={"inner_backend": "eager"}))
         got = step(partial(run, compiled, module), module, [x], {})
     assert max(differences(expected, got, parts).values()) < 1e-9
+
+
+def scaled_by_an_item(m: Parts, x: Tensor, n: Tensor) -> Any:
+    y = m.block(x)
+    return m.block(y * y.mean().item()), y.sum().item(), n.item()
+
+
+def cut_at_an_item(m: Parts, x: Tensor, n: Tensor) -> Any:
+    y, length = m.block(x), n.item()
+    torch._check(0 <= length <= 13)
+    return y[:, :length].sum(1), y * length, y * (torch.arange(13) < length)[:, None]
+
+
+def as_many_as_are_positive(m: Parts, x: Tensor, n: Tensor) -> Any:
+    y = m.block(x)
+    rows = (y[0, :, 0] > 0).nonzero()[:, 0]
+    return y[y > 0].sum(), y[0][rows].sum(0) * m.w, rows.shape[0]
+
+
+def positions_up_to_an_item(m: Parts, x: Tensor, n: Tensor) -> Any:
+    length = (x[..., 0].detach() > -9).sum().item()
+    return m.block(x) + m.table(torch.arange(length))
+
+
+@pytest.mark.parametrize("parts", [3, 4])
+@pytest.mark.parametrize("body", [scaled_by_an_item, cut_at_an_item, as_many_as_are_positive, positions_up_to_an_item])
+def test_sizes_that_are_read_from_tensors(body: Callable[..., Any], parts: int) -> None:
+    """Dynamo may be told to go on where a number is read; what has such a size, which may be 0, runs whole."""
+    x = torch.randn(1, 13, 12, dtype=torch.float64, requires_grad=True)
+    going_on = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
+    with torch._dynamo.config.patch(**going_on):
+        (graph,) = assert_equivalent(Parts(body), (x, torch.tensor([5])), parts=parts)
+    assert moved(graph)["all_to_all"] >= 4
+    assert all(each.reason == "a size is read from a tensor" for each in graph.plan.fallbacks)
