@@ -11,7 +11,6 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
@@ -29,7 +28,7 @@ from .capture import CapturedGraph, capture
 from .config import SequenceParallelConfig
 from .debug import log_summary, record, record_unsharded
 from .errors import CaptureError, ConfigurationError, FallbackError, user_line
-from .graph import GraphRules
+from .graph import GraphRules, leaving_no_symbols
 from .group import current_epoch, cuts_graphs_for_ddp, mesh_of, rank_tensor, resolve_group
 from .guard import guard_graph
 from .ops import LOWERING_VERSION
@@ -330,8 +329,7 @@ def _set_local_values(
             return result
 
     grad_mode = torch.is_grad_enabled()
-    guards = mode.shape_env.suppress_guards() if mode.shape_env is not None else nullcontext()
-    with mode, guards, enable_python_dispatcher(), torch.no_grad():
+    with mode, leaving_no_symbols(mode), enable_python_dispatcher(), torch.no_grad():
         inputs = list(captured.inputs)
         for index, node in enumerate(captured.graph_module.graph.find_nodes(op="placeholder")):
             if node in cut:

@@ -15,7 +15,7 @@ draws, updated inputs. What cannot be shown to keep that meaning raises `Capture
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -465,7 +465,7 @@ def _trace(
     trace = make_fx(functional, table, pre_dispatch=True, _allow_non_fake_inputs=True)
     while True:
         try:
-            with fake_mode, preserve_node_meta(), torch.set_grad_enabled(torch.is_grad_enabled()):
+            with fake_mode, preserve_node_meta(), torch.set_grad_enabled(torch.is_grad_enabled()), _dropped(fake_mode):
                 traced = trace(*inputs)
                 for region, policy in policies.items():
                     _apply_policy(traced, region, policy)
@@ -473,6 +473,11 @@ def _trace(
         except _HiddenGradMode as error:
             assert error.op is not None and error.op not in whole
             whole.add(error.op)
+
+
+def _dropped(mode: FakeTensorMode) -> AbstractContextManager[None]:
+    """Symbols of what is read from a tensor; the inner backend traces again, and makes its own."""
+    return mode.shape_env.ignore_fresh_unbacked_symbols() if mode.shape_env is not None else nullcontext()
 
 
 def _apply_policy(traced: GraphModule, region: int, policy: _CachingTorchDispatchMode) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from operator import getitem
 
@@ -10,13 +11,23 @@ import sympy
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
-from torch._subclasses import FakeTensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from .rule import Op, OpCall, OpShardingRule, TensorSpec, called_module, in_order
 from .rules import has_rule, rule_for
 from .sharding import Size
+
+
+@contextmanager
+def leaving_no_symbols(mode: FakeTensorMode) -> Iterator[None]:
+    """What runs inside adds no guard on the sizes that Dynamo knows, and leaves no new symbol to be accounted for."""
+    with ExitStack() as stack:
+        if mode.shape_env is not None:
+            stack.enter_context(mode.shape_env.suppress_guards())
+            stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
+        yield
 
 
 def is_tensor(node: fx.Node) -> bool:

@@ -12,7 +12,7 @@ AOTAutograd: of all outputs that take a gradient, to all inputs that do.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .cost import packed_bytes, received, sent_by, shared_bytes
+from .graph import leaving_no_symbols
 from .ops import as_transported
 
 _LABEL = "sp_compile.traffic"
@@ -52,9 +53,8 @@ def traffic(module: fx.GraphModule, inputs: Sequence[Any], parts: int) -> Mappin
     Higher-order operators and opaque modules pass gradients from all their results to all their operands.
     """
     mode = next((x.fake_mode for x in inputs if hasattr(x, "fake_mode")), None) or FakeTensorMode()
-    guards = mode.shape_env.suppress_guards() if mode.shape_env is not None else nullcontext()
     counter = _Counter(module.graph, parts)
-    with _grad_mode_restored(), mode, guards, enable_python_dispatcher(), counter:
+    with _grad_mode_restored(), mode, leaving_no_symbols(mode), enable_python_dispatcher(), counter:
         values = [_fresh(x) for x in inputs]
         results = _Run(module, counter).run(*values, torch.zeros(1, dtype=torch.int64))
         made = [x for x in results if isinstance(x, Tensor) and x.requires_grad]

@@ -429,3 +429,10 @@ def test_a_command_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
             main(["verify", *arguments])
         assert raised.value.code == 2
     assert "sp_size is 0" in capsys.readouterr().err
+
+
+def test_numbers_are_compared_as_values() -> None:
+    """The sum over ranks of `item()` is another one in its last bits; whole numbers have to be the same."""
+    assert 0 < relative_error(0.3, 0.1 + 0.2) < 1e-15 and relative_error(2.0, 1.0) == 0.5
+    assert relative_error(float("nan"), float("nan")) == 0 and relative_error(1.0, float("nan")) == float("inf")
+    assert relative_error(3, 4) == relative_error(3, 3.0 + 1e-9) == float("inf")

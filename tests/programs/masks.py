@@ -202,3 +202,26 @@ def query_rows_without_keys(m: Parts, x: Tensor, lengths: Tensor) -> Any:
 def position_table_beside_a_class_token(m: Parts, x: Tensor, p: Tensor) -> Any:
     """The table is looked up as the two streams are cut."""
     return m.block(torch.cat([m.cls.expand(2, -1, -1), m.o(x)], 1) + m.table(p))
+
+
+@program((1, 13, 12), parts=4)
+def decays_summed_along_the_sequence(m: Parts, x: Tensor) -> Any:
+    """Forgetting attention: the bias of a pair is the sum of the gates between."""
+    q, k, v = (m.split(f(x)) for f in (m.q, m.k, m.v))
+    decay = F.logsigmoid(x @ m.mat[:, :3]).mT.cumsum(-1)
+    future = torch.ones(13, 13).triu(1).bool()
+    bias = (decay[..., :, None] - decay[..., None, :]).masked_fill(future, -torch.inf)
+    return m.o(m.join(F.scaled_dot_product_attention(q, k, v, attn_mask=bias)))
+
+
+@program((1, 13, 12), parts=4)
+def positions_counted_by_gates(m: Parts, x: Tensor) -> Any:
+    """Contextual positions: a cumulative sum over keys, counted from the end, looks up the bias."""
+    q, k, v = (m.split(f(x)) for f in (m.q, m.k, m.v))
+    scores = q @ k.mT / 2
+    place = scores.sigmoid().tril().flip(-1).cumsum(-1).flip(-1).clamp(max=6)
+    low, high = place.floor().long(), place.ceil().long()
+    table = q @ m.table.weight[:7, :4].T
+    bias = table.gather(-1, high) * (place - low) + table.gather(-1, low) * (1 - place + low)
+    future = torch.ones(13, 13).triu(1).bool()
+    return m.o(m.join((scores + bias).masked_fill(future, -torch.inf).softmax(-1) @ v))

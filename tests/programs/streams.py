@@ -234,3 +234,13 @@ def patch_embedding_with_a_row_left_over(m: Parts, x: Tensor) -> Any:
 @program((2, 3, 27), parts=4, dynamic=True)
 def patches_of_a_wave(m: Parts, x: Tensor) -> Any:
     return m.block(F.conv1d(x, kernels(m, 3), stride=3, padding="valid").flatten(2).mT)
+
+
+@program((1, 13, 12), parts=4)
+def chunks_that_hand_on_a_memory(m: Parts, x: Tensor) -> Any:
+    memory, made = m.table.weight[None, :3], []
+    for chunk in x.split(5, 1):
+        y = m.block(torch.cat([memory, chunk], 1))
+        memory = y[:, :3]
+        made.append(y[:, 3:])
+    return torch.cat(made, 1), memory
