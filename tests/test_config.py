@@ -97,7 +97,7 @@ def test_outputs_by_name_and_position() -> None:
     assert hash(config) == hash(SequenceParallelConfig(outputs={-1: "shard", "logits": "dtensor"}))
     assert config.output_kinds(["loss", "logits", "hidden"]) == ("gather", "dtensor", "shard")
     assert SequenceParallelConfig(outputs="shard").output_kinds(["loss", "logits"]) == ("shard", "shard")
-    with pytest.raises(ConfigurationError, match=r"This graph returns 0: 'loss'\. After a graph break"):
+    with pytest.raises(ConfigurationError, match="This graph returns 0: 'loss'"):
         config.output_kinds(["loss"])
     with pytest.raises(ConfigurationError, match=r"names output 1 \('logits'\) twice"):
         config.output_kinds(["loss", "logits"])

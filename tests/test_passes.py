@@ -250,7 +250,9 @@ def written(function: nn.Module, *args: Tensor, parts: int = 2, **options: Any) 
     plan = propagate(rules, find_attention(rules), (), parts, "auto")
     with fake_world(parts):
         config = SequenceParallelConfig(**options)
-        kinds = config.output_kinds([str(output) for output in module.graph.output_node().args[0]])
+        (returned,) = module.graph.output_node().args
+        assert isinstance(returned, tuple)
+        kinds = config.output_kinds(list(map(str, returned)))
         return insert_collectives(module, rules, plan, "0", config, kinds).graph_module
 
 
