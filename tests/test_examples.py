@@ -52,3 +52,13 @@ def test_quickstart_refuses_what_differs() -> None:
     assert quickstart.difference(expected, expected + 1e-4) > quickstart.tolerance("loss")
     assert quickstart.difference(expected, expected + 1e-4) <= quickstart.tolerance("gradients, first step")
     assert quickstart.difference(expected, expected + float("nan")) == float("inf")
+
+
+@pytest.mark.slow
+def test_the_benchmark_agrees_with_one_device(tmp_path: Path) -> None:
+    tiny = ["--layers", "1", "--sequence", "16", "--hidden", "32", "--heads", "4", "--kv-heads", "2", "--rounds", "2"]
+    printed = run("benchmark.py", *tiny, "--plot", str(tmp_path / "steps.png"))
+    rows = {line[:18].strip(): line.split() for line in printed.splitlines()}
+    assert {"one device", "ceiling", "by hand", "by hand, compiled", "sp_backend"} <= set(rows)
+    assert rows["sp_backend"][5] == "6"  # two a layer each way, the loss, a bucket of gradients
+    assert (tmp_path / "steps.png").stat().st_size > 1000
