@@ -142,7 +142,7 @@ def plan_graph(
     rules = GraphRules(captured.graph_module.graph, captured.replicated)
     sites = clock.time("find_attention", find_attention, rules)
     mixers = () if sites else clock.time("find_mixers", find_mixers, rules)
-    plan = clock.time("propagate", propagate, rules, sites, mixers, parts, config.attention)
+    plan = clock.time("propagate", propagate, rules, sites, mixers, parts, config.attention, config.links)
     sharded = None
     if plan.shards:
         module = captured.graph_module

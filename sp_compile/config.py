@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from sp_compile.errors import ConfigurationError
+from sp_compile.links import Links
 
 Outputs = Literal["gather", "shard"]
 ParameterGradients = Literal["all_reduce", "local"]
@@ -53,8 +54,11 @@ class SequenceParallelConfig:
     rank's sum times P, for a DDP or FSDP that averages over data *and* SP ranks."""
 
     attention: Attention = "auto"
-    """How attention is made whole. "auto", site by site: nothing moves where keys and values are whole on every rank;
-    else Ulysses, and all-gather-KV where padding the heads would more than double them (P > 2 heads) or none pass."""
+    """How attention is made whole. "auto": what is cheapest at each site by `links`, in seconds of a step: Ulysses,
+    all-gather-KV, or nothing moved where keys and values are where their queries are, or whole on every rank."""
+
+    links: Links | None = None
+    """What "auto" reckons with, the same on every rank: `measure_links()`. `None` is a node of H100s on NVLink."""
 
     rng: RandomNumbers = "parallel"
     """"parallel": dropout on a sharded value draws per rank, equal in distribution to one device.
@@ -84,6 +88,8 @@ class SequenceParallelConfig:
             raise ConfigurationError(_wrong_type("strict", self.strict, "True or False"))
         if self.dump is not None and not isinstance(self.dump, str | os.PathLike):
             raise ConfigurationError(_wrong_type("dump", self.dump, "the path of a folder or None"))
+        if self.links is not None and not isinstance(self.links, Links):
+            raise ConfigurationError(_wrong_type("links", self.links, "a Links or None"))
         if isinstance(self.guard_timeout, bool) or not isinstance(self.guard_timeout, int | float):
             raise ConfigurationError(_wrong_type("guard_timeout", self.guard_timeout, "a number of seconds"))
         if not 0 < self.guard_timeout < 1e6:

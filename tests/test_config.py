@@ -30,7 +30,7 @@ def test_options_arrive_and_the_result_is_frozen() -> None:
         (
             {"inner_backed": "eager"},
             "unknown option 'inner_backed'; did you mean 'inner_backend'? The options are group, "
-            "inner_backend, outputs, param_grads, attention, rng, strict, dump, guards, guard_timeout.",
+            "inner_backend, outputs, param_grads, attention, links, rng, strict, dump, guards, guard_timeout.",
         ),
         (
             {"outputs": "gathered"},
