@@ -89,7 +89,7 @@ class _Writer:
         self.current: fx.Node | None = None
         self.rank: fx.Node | None = None
         self.modules: dict[str, fx.GraphModule] = {}
-        self.trained = _trained(rules.graph)
+        self.trained = rules.trained
         self.roles = _roles(plan.sites)
 
     def write(self) -> ShardedGraph:
@@ -529,21 +529,6 @@ def _shared_memory(outputs: Sequence[fx.Node]) -> frozenset[fx.Node]:
 def _has_value(node: fx.Node) -> bool:
     """A node without a value changes state: the gradient mode, or autocast."""
     return node.meta.get("val") is not None or node.target is getitem
-
-
-def _trained(graph: fx.Graph) -> frozenset[fx.Node]:
-    """The values through which a gradient may flow: all that descends from an input which requires one."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "placeholder":
-            begins = isinstance(value, torch.Tensor) and value.requires_grad
-        else:
-            begins = not found.isdisjoint(node.all_input_nodes)
-        floats = not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex()
-        if begins and floats:
-            found.add(node)
-    return frozenset(found)
 
 
 def _roles(sites: Sequence[SitePlan]) -> dict[tuple[fx.Node, str], str]:

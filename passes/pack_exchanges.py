@@ -6,7 +6,7 @@
     out = attention(q_h, k_h, v_h)                              out = attention(q_h, k_h, v_h)
 
     k_w = sp.all_gather(k, S(2: 32))                       →    k_s = sp.all_gather_replicate(k, S(2: 32))
-    k_s = sp.replicate(k_w)                                     backward is one reduce-scatter
+    k_s = sp.replicate(k_w)                                     backward is one reduce-scatter, and gathers again
 
 An exchange joins the one before it where its operand is there when that one starts, and no other collective, gradient
 mode or autocast comes between: nothing waits longer than it did, and the order of collectives is that of the graph.
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from sp_compile.canonicalize import STATE
 from sp_compile.ops import MOVING_OPS, packed_exchange
@@ -30,6 +31,8 @@ from sp_compile.rule import argument_defaults
 sp = torch.ops.sp
 _EXCHANGES = (sp.all_to_all.default, sp.all_to_all_kv.default)
 _GATHER, _REPLICATE = sp.all_gather.default, sp.replicate.default
+_AGAIN, _REGION = CheckpointPolicy.MUST_RECOMPUTE, 1 << 30
+"""What AOTAutograd's partitioner reads: of a region of its own, behind all that the user checkpoints."""
 
 
 def pack_exchanges(sharded: ShardedGraph) -> ShardedGraph:
@@ -66,7 +69,7 @@ def find_packs(graph: fx.Graph) -> list[tuple[fx.Node, ...]]:
         if node.target in _EXCHANGES or _is_replicated(node):
             first = packs[-1][0] if may_join else node
             early = all(position[each] < position[first] for each in node.all_input_nodes)
-            if may_join and early and first.meta.get("recompute") == node.meta.get("recompute"):
+            if may_join and early:
                 packs[-1].append(node)
             else:
                 packs.append([node])
@@ -83,13 +86,17 @@ def _is_replicated(node: fx.Node) -> bool:
 
 def _send(graph: fx.Graph, pack: Sequence[fx.Node], copies: dict[fx.Node, fx.Node], rank: fx.Node) -> fx.Node:
     """Write one launch for a pack, and a node of its old name for each of its members."""
+    # What is whole on every rank is not kept for backward: its rows are, and are sent for once more.
+    again = (
+        {} if any(member.target is not _GATHER for member in pack) else {"recompute": _AGAIN, "ac_graph_id": _REGION}
+    )
     if len(pack) == 1:
         (gather,) = pack
         x, _, *layout = fx.node.map_arg(gather.args, copies.__getitem__)
         windows = fx.node.map_arg(gather.kwargs, copies.__getitem__)
         target = sp.all_gather_replicate.default
         alone = graph.create_node("call_function", target, (x, *layout), windows, name=gather.name)
-        alone.meta, copies[gather] = dict(gather.meta), alone
+        alone.meta, copies[gather] = {**gather.meta, **again}, alone
         return alone
     numbers: list[Any] = []
     for member in pack:
@@ -99,10 +106,10 @@ def _send(graph: fx.Graph, pack: Sequence[fx.Node], copies: dict[fx.Node, fx.Nod
     tensors = [copies[member.all_input_nodes[0]] for member in pack]
     arguments = (tensors, rank, numbers, given["group"])
     sent = graph.create_node("call_function", sp.all_to_all_packed.default, arguments, name=_name(pack))
-    sent.meta = {**pack[0].meta, "val": tuple(member.meta["val"] for member in pack)}
+    sent.meta = {**pack[0].meta, **again, "val": tuple(member.meta["val"] for member in pack)}
     for at, member in enumerate(pack):
         received = graph.create_node("call_function", getitem, (sent, at), name=member.name)
-        received.meta = dict(member.meta)
+        received.meta = {**member.meta, **again}
         copies[member] = received
     return sent
 

@@ -10,8 +10,9 @@ Three walks. *Marks* (backward): every value whose dimension becomes the home of
 sequence of what else mixes one, with the granule that the views below need. *Homes* (forward): an op follows the shards
 that it is given; where two operands disagree the cheaper conversion wins; an op that needs its home factor whole
 borrows another and returns home at once. *Sites*: what lies between two contractions borrows the heads as one region
-(Ulysses), or keeps its queries and takes K and V whole. What cannot be sharded runs on whole values, and is written
-down as a fallback.
+(Ulysses), or keeps its queries and takes K and V whole (all-gather-KV) or as they are (local), whichever takes the
+fewest seconds of a step; a tie stays home. What cannot be sharded runs on whole values, and is written down as a
+fallback.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from operator import getitem
 import torch
 from torch import fx
 
+from sp_compile.cost import Conversion, Price, attention_price, conversion_price
 from sp_compile.graph import GraphRules, op_of, source_of
-from sp_compile.homes import Vote, choose_homes, is_shorter, sequence_home
+from sp_compile.homes import Vote, choose_homes, sequence_home
+from sp_compile.links import DEFAULT_LINKS, Links
 from sp_compile.plan import AttentionSite, Fallback, NodePlan, ShardingPlan, SiteOperand, SitePlan
 from sp_compile.rule import OpSharding, OpShardingRule
 from sp_compile.sharding import (
@@ -49,13 +52,14 @@ def propagate(
     parts: int,
     attention: str,
     inputs: Mapping[fx.Node, Sharded] | None = None,
+    links: Links | None = None,
 ) -> ShardingPlan:
-    """Plan the graph for `parts` ranks; `attention` is the option of that name.
+    """Plan the graph for `parts` ranks; `attention` and `links` are the options of these names.
 
     The sequence is that of the attention sites; in a graph without any, that of the `mixers`. `inputs` are the
     placeholders that come sharded.
     """
-    return _Planner(rules, sites, mixers, parts, attention, inputs or {}).plan()
+    return _Planner(rules, sites, mixers, parts, attention, inputs or {}, links or DEFAULT_LINKS).plan()
 
 
 def find_marks(rules: GraphRules, homes: Sequence[Vote]) -> dict[tuple[fx.Node, int], Sharded]:
@@ -109,6 +113,18 @@ class _Region:
     reason: str
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """A way to run a site: its region, and what a step of it costs."""
+
+    nodes: Mapping[fx.Node, NodePlan]
+    strategy: str
+    told: str
+    padding: float
+    """How many times as much the slowest rank has as its share, of heads or windows."""
+    price: Price
+
+
 class _Planner:
     def __init__(
         self,
@@ -118,10 +134,12 @@ class _Planner:
         parts: int,
         attention: str,
         inputs: Mapping[fx.Node, Sharded],
+        links: Links,
     ) -> None:
         self.rules = rules
         self.parts = parts
         self.attention = attention
+        self.links = links
         homes = choose_homes(rules, sites, parts) or [sequence_home(rules, end) for end in mixers]
         self.marks = find_marks(rules, homes)
         self.sites = {site.nodes[0]: site for site in sites}
@@ -137,6 +155,8 @@ class _Planner:
         for node in self.rules.graph.nodes:
             if node in self.sites:
                 region = self._plan_site(self.sites[node])
+                # Views of K and V that moved into the site.
+                self.nodes |= {each: plan for each, plan in region.nodes.items() if each in self.nodes}
                 self._begin_beside(self.sites[node], region.nodes)
                 moved = self._moved(self.sites[node], region.nodes)
                 self.site_plans.append(SitePlan(self.sites[node], region.strategy, region.reason, moved))
@@ -409,33 +429,103 @@ class _Planner:
             return _Region({node: NodePlan(None, (REPLICATED,)) for node in site.nodes}, "replicate", "as asked for")
         if not isinstance(query, Sharded) and not isinstance(key, Sharded):
             return _Region({}, "replicate", "no operand is sharded")
+        candidates = self._candidates(site, rule, placements)
+        asked = [each for each in candidates if self.attention == each.strategy or each.strategy == "local"]
+        if self.attention == "auto":  # the memory of padding has no price, and is not more than doubled
+            asked = [each for each in candidates if each.padding <= 2]
+        if not candidates:
+            return _Region({}, "replicate", "no dimension that every op of the site passes")
+        best = min(asked or candidates, key=self._seconds)  # the first of equals, which is at home
+        if self.attention != "auto":
+            told = "as asked for" if asked else f"not every op of the site passes {self.attention}, as asked for"
+            return _Region(best.nodes, best.strategy, best.told if best.strategy == "local" else told)
+        least: dict[str, float] = {}
+        for each in sorted(candidates, key=self._seconds):
+            least.setdefault(each.strategy, self._seconds(each))
+        prices = ", ".join(f"{strategy} {_readable(seconds)}" for strategy, seconds in least.items())
+        return _Region(best.nodes, best.strategy, f"{best.told}: {prices}")
+
+    def _candidates(
+        self, site: AttentionSite, rule: OpShardingRule, placements: Sequence[Placement]
+    ) -> list[_Candidate]:
+        """The ways to run a site that every op of it passes; what keeps its queries at home comes first."""
+        found = []
         stay = rule.follow(site.query.index, placements)
         kept = self._region(site, stay) if stay else None
-        if kept is not None and isinstance(key, Replicated):
-            return _Region(kept, "local", "keys and values are whole on every rank")
-        if kept is not None and self._stays(site, kept):
-            return _Region(kept, "local", "keys and values are where their queries are")
-        if kept is not None and self.attention == "all_gather_kv":
-            return _Region(kept, "all_gather_kv", "as asked for")
-        if kept is not None and self.attention == "auto" and is_shorter(self.rules, site, self.parts - 1):
-            return _Region(kept, "all_gather_kv", "a memory so short that to gather it moves less")
+        if stay is not None and kept is not None:
+            strategy, told = "all_gather_kv", "K and V are gathered"
+            if isinstance(placements[site.key.index], Replicated):
+                strategy, told = "local", "keys and values are whole on every rank"
+            elif self._stays(site, kept):
+                strategy, told = "local", "keys and values are where their queries are"
+            padding = self._padded(site, stay)
+            found.append(_Candidate(kept, strategy, told, padding, self._price(site, kept, padding)))
         for heads, sharding in self._head_shardings(site, rule):
-            if self.attention == "auto" and kept is not None and self.parts > 2 * heads:
-                break
             borrowed = self._region(site, sharding)
             if borrowed is not None:
-                return _Region(borrowed, "ulysses", f"{heads} heads on {self.parts} ranks")
-        if kept is not None:
-            return _Region(kept, "all_gather_kv", "too few heads, or none that every op of the site passes")
-        return _Region({}, "replicate", "no dimension that every op of the site passes")
+                told, padding = f"{heads} heads on {self.parts} ranks", self._padded(site, sharding)
+                found.append(_Candidate(borrowed, "ulysses", told, padding, self._price(site, borrowed, padding)))
+        return found
+
+    def _seconds(self, candidate: _Candidate) -> float:
+        return candidate.price.seconds(self.links)
+
+    def _padded(self, site: AttentionSite, sharding: OpSharding) -> float:
+        """How much more a rank has of heads or windows than its share; of rows it has its share."""
+        cut = sharding.operands[site.query.index]
+        if not isinstance(cut, Sharded) or cut.dim == site.query.dim:
+            return 1.0
+        return self.parts * self.rules.hint(cut.layout.local_size(self.parts)) / self.rules.hint(cut.layout.size)
+
+    def _price(self, site: AttentionSite, plans: Mapping[fx.Node, NodePlan], padding: float) -> Price:
+        """What a step of a site costs, from the placements in which values reach it to those in which they leave.
+
+        What is exchanged on the way to the site is one launch.
+        """
+        ends = [(end.node, end.index) for end in (site.query, site.key, site.value)]
+        trains = torch.is_grad_enabled()
+        moved: dict[tuple[fx.Node, Placement], Conversion] = {}
+        total = Price()
+        for node, plan in plans.items():
+            rule = self.rules.rule(node)
+            assert rule is not None and plan.sharding is not None
+            if node in site.nodes:
+                trained = trains and node in self.rules.trained
+                total += attention_price(node, padding / self.parts, rule.body(plan.sharding) is not None, trained)
+            for index, operand in enumerate(self.rules.operands(node)):
+                value, target = plan.sources.get(index, operand), plan.operand(index)
+                if source_of(value)[0] in plans or index in rule.metadata:
+                    continue
+                if (node, index) not in ends and self._begun_otherwise(node, value, plan.sharding.operands[index]):
+                    continue
+                source, trained = self._arrival(value), trains and value in self.rules.trained
+                moved[value, target] = Conversion(value.meta["val"], source, target, trained, padding)
+        exchanges = [each for each in moved.values() if each.exchanges]
+        total += sum((conversion_price(each, self.parts) for each in moved.values()), Price())
+        packed = len(exchanges) - 1 + sum(each.trained for each in exchanges) - any(each.trained for each in exchanges)
+        total += Price(launches=-packed if exchanges else 0)
+        for value, made, home in self._results(site.output, plans[site.output]):
+            trained = trains and value in self.rules.trained
+            total += conversion_price(Conversion(value.meta["val"], made, home, trained, padding), self.parts)
+        return total
+
+    def _arrival(self, value: fx.Node) -> Placement:
+        """The placement in which a value reaches a site; a value operand may stand behind the scores."""
+        planned = source_of(value)[0] in self.nodes
+        return self._placement(value) if planned else self.marks.get(source_of(value), REPLICATED)
+
+    def _results(self, node: fx.Node, plan: NodePlan) -> Iterator[tuple[fx.Node, Placement, Placement]]:
+        """The results of an op as values, where it makes them and where they go."""
+        values = {0: node} if isinstance(node.meta["val"], torch.Tensor) else {source_of(u)[1]: u for u in node.users}
+        for at, (made, home) in enumerate(zip(plan.results(), plan.delivered, strict=True)):
+            if at in values:
+                yield values[at], made, home
 
     def _stays(self, site: AttentionSite, plans: Mapping[fx.Node, NodePlan]) -> bool:
         """Whether a site takes its keys and values as they are, for it is sharded along its windows."""
         for end in (site.key, site.value):
-            value = self.rules.operands(end.node)[end.index]
-            planned = source_of(value)[0] in self.nodes  # a value operand may stand behind the scores
-            found = self._placement(value) if planned else self.marks.get(source_of(value))
-            if plans[end.node].operand(end.index) != found:
+            arrived = self._arrival(self.rules.operands(end.node)[end.index])
+            if isinstance(arrived, Replicated) or plans[end.node].operand(end.index) != arrived:
                 return False
         return True
 
@@ -577,7 +667,6 @@ class _Planner:
             return False
         plans[value] = NodePlan(moved, moved.results)
         if self._exchange_before_repeat(value, 0, plans):
-            self.nodes[value] = plans[value]
             return True
         del plans[value]
         return False
@@ -607,6 +696,15 @@ class _Planner:
 
 def _is_random(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def _readable(seconds: float) -> str:
+    """`1.2 ms`: two digits."""
+    unit, size = next((each for each in _UNITS if seconds >= each[1]), _UNITS[-1])
+    return f"{float(f'{seconds / size:.2g}'):g} {unit}"
+
+
+_UNITS = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6), ("ns", 1e-9))
 
 
 def _writes_input(node: fx.Node) -> bool:

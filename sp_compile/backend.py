@@ -176,7 +176,7 @@ def plan_graph(
     sites = clock.time("find_attention", find_attention, rules)
     mixers = () if sites else clock.time("find_mixers", find_mixers, rules)
     cut = _sharded_placeholders(captured, example_inputs)
-    plan = clock.time("propagate", propagate, rules, sites, mixers, parts, config.attention, cut)
+    plan = clock.time("propagate", propagate, rules, sites, mixers, parts, config.attention, cut, config.links)
     unpacked = sharded = None
     if plan.shards:
         module = captured.graph_module

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from sp_compile.errors import ConfigurationError
+from sp_compile.links import Links
 
 Output = Literal["gather", "shard", "dtensor"]
 Outputs = Output | Mapping[str | int, Output] | tuple[tuple[str | int, Output], ...]
@@ -67,8 +68,11 @@ class SequenceParallelConfig:
     """Inductor computes what it can before it waits for a collective; "inductor" alone, in the order of the graph."""
 
     attention: Attention = "auto"
-    """How attention is made whole. "auto", site by site: nothing moves where keys and values are whole on every rank;
-    else Ulysses, and all-gather-KV where padding the heads would more than double them (P > 2 heads) or none pass."""
+    """How attention is made whole. "auto": what is cheapest at each site by `links`, in seconds of a step: Ulysses,
+    all-gather-KV, or nothing moved where keys and values are where their queries are, or whole on every rank."""
+
+    links: Links | None = None
+    """What "auto" reckons with, the same on every rank: `measure_links()`. `None` is a node of H100s on NVLink."""
 
     rng: RandomNumbers = "parallel"
     """"parallel": dropout on a sharded value draws per rank, equal in distribution to one device.
@@ -109,6 +113,8 @@ class SequenceParallelConfig:
             raise ConfigurationError(
                 f"option 'gradient_bucket_mb' is {self.gradient_bucket_mb}. It takes megabytes, or 0 for no buckets."
             )
+        if self.links is not None and not isinstance(self.links, Links):
+            raise ConfigurationError(_wrong_type("links", self.links, "a Links or None"))
         if not 0 < self.guard_timeout < 1e6:
             raise ConfigurationError(f"option 'guard_timeout' is {self.guard_timeout}. It takes seconds, more than 0.")
         if self.group is not None and not isinstance(self.group, ProcessGroup | DeviceMesh):

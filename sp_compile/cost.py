@@ -1,4 +1,4 @@
-"""What a graph moves, computes and holds: bytes received per rank, floating-point operations, peak bytes.
+"""What a graph moves, computes and holds: bytes received per rank, floating-point operations, peak bytes; its price.
 
 Received, own block and padding excluded, for a value of `n` bytes in all on P ranks (DESIGN, "What a layer moves"):
 
@@ -15,6 +15,8 @@ Computed, in floating-point operations:
     scans and other reductions              1 an element of the operand
     other pointwise ops                     1 an element of the result
     views, copies, casts, look-ups          0
+
+Priced, in seconds of a step: `launches * latency + bytes / bandwidth + operations / flops` of the slowest rank.
 
 Symbolic sizes count as they were at compile time.
 """
@@ -33,8 +35,11 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from .graph import GraphRules, operand_nodes
+from .links import Links
 from .ops import AnyExchange, GatherExchange, KVExchange, read_exchange
 from .plan import ShardingPlan
+from .rule import argument_defaults
+from .sharding import GroupedHeads, Placement, Replicated, Sharded
 
 aten = torch.ops.aten
 
@@ -162,6 +167,102 @@ def _heads_read(query_heads: int, kv_heads: int, parts: int) -> int:
     block, shared = -(-query_heads // parts), query_heads // kv_heads
     read = [{min(h, query_heads - 1) // shared for h in range(r * block, (r + 1) * block)} for r in range(parts)]
     return max(map(len, read))
+
+
+# What a strategy costs
+
+
+@dataclass(frozen=True)
+class Price:
+    """What the slowest rank spends in a step: forward, and backward where gradients flow."""
+
+    launches: int = 0
+    bytes: float = 0.0
+    """Received, the padding of heads included and that of rows not."""
+    flops: float = 0.0
+
+    def __add__(self, other: Price) -> Price:
+        return Price(self.launches + other.launches, self.bytes + other.bytes, self.flops + other.flops)
+
+    def seconds(self, links: Links) -> float:
+        """Nothing overlapped."""
+        return links.seconds(self.launches, self.bytes) + self.flops / links.flops
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A value on its way from one placement to another."""
+
+    value: torch.Tensor
+    """The whole value, fake."""
+    source: Placement
+    target: Placement
+    trained: bool
+    """Whether its gradient comes back."""
+    padding: float = 1.0
+    """How many times as much an exchange moves for the heads to fall into equal blocks."""
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether it may go in one launch with others: an all-to-all, or a gather into sharded work."""
+        source, target = self.source, self.target
+        return isinstance(source, Sharded) and (isinstance(target, Replicated) or source.dim != target.dim)
+
+
+def conversion_price(each: Conversion, parts: int) -> Price:
+    """What a conversion moves, and its gradient on the way back, as `sp_compile.ops` pairs them."""
+    others, whole = (parts - 1) / parts, _bytes(each.value)
+    source, target = each.source, each.target
+    again = int(each.trained)
+    if isinstance(source, Replicated) and isinstance(target, Replicated):
+        return Price(again, again * 2 * _summed_bytes(each.value) * others)
+    if isinstance(source, Replicated):
+        times = 1.0
+        if isinstance(target, GroupedHeads):
+            times = target.query_heads / _int(each.value.shape[target.dim])
+        return Price(again, again * whole * times * others)
+    if source == target:
+        return Price()
+    if isinstance(target, Replicated):
+        # On the way back it is gathered again, and its gradient reduce-scattered.
+        return Price(1 + 2 * again, (1 + 2 * again) * whole * others)
+    if isinstance(target, GroupedHeads):
+        heads = _int(each.value.shape[target.dim])
+        moved = whole * _heads_read(target.query_heads, heads, parts) / heads * others
+    elif isinstance(source, Sharded) and source.dim == target.dim:
+        moved = whole * others
+    else:
+        moved = whole * others / parts * each.padding
+    return Price(1 + again, (1 + again) * moved)
+
+
+def attention_price(node: fx.Node, share: float, masked: bool, trained: bool) -> Price:
+    """What one op of a site computes on the slowest rank, which has `share` of it.
+
+    A causal kernel leaves out what no query sees. `masked`: the op runs on a mask instead, which takes nothing off:
+    so rows cost up to twice what heads do, whichever rows they are. Backward is 5 products of matrices, of which one
+    makes the scores again, for 2 of forward (Dao 2023).
+    """
+    computed = contraction_flops(node) * share * (1.0 if masked else _seen(node))
+    return Price(flops=computed * (1 + 2.5 * trained))
+
+
+def _seen(node: fx.Node) -> float:
+    """The share of pairs of a query and a key that a causal attention computes; 1 for other ops."""
+    if node.target is not aten.scaled_dot_product_attention.default:
+        return 1.0
+    names = list(argument_defaults(node.target))
+    causal = names.index("is_causal")
+    if not (node.args[causal] if len(node.args) > causal else node.kwargs.get("is_causal", False)):
+        return 1.0
+    query, key = (_int(operand.meta["val"].shape[-2]) for operand in operand_nodes(node)[:2])
+    seen = min(query, key)
+    return (seen * (seen + 1) / 2 + (query - seen) * key) / (query * key) if query and key else 1.0
+
+
+def _summed_bytes(value: torch.Tensor) -> int:
+    """The size of a value as a sum over ranks travels: half types in float32."""
+    return _numel(value) * max(value.element_size(), 4)
 
 
 # Floating-point operations

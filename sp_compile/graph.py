@@ -130,6 +130,21 @@ class GraphRules:
         return node in self._varying
 
     @cached_property
+    def trained(self) -> frozenset[fx.Node]:
+        """The values through which a gradient may flow: all that descends from an input which requires one."""
+        found: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            value = node.meta.get("val")
+            if node.op == "placeholder":
+                begins = isinstance(value, torch.Tensor) and value.requires_grad
+            else:
+                begins = not found.isdisjoint(node.all_input_nodes)
+            floats = not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex()
+            if begins and floats:
+                found.add(node)
+        return frozenset(found)
+
+    @cached_property
     def _varying(self) -> frozenset[fx.Node]:
         found: set[fx.Node] = set()
         for node in self.graph.nodes:

@@ -1,9 +1,11 @@
-"""How fast the ranks of a group reach one another: bandwidth and latency, measured."""
+"""How fast the ranks of a group reach one another and compute: bandwidth, latency and FLOP/s, measured."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,24 +20,48 @@ _SMALL, _LARGE = 1, 1 << 22
 """Elements that each rank sends to every other: of one launch hardly any data, of the other mostly data."""
 
 
+_WIDTH = 1024
+"""Of the square matrices whose product is timed."""
+
+
 @dataclass(frozen=True)
 class Links:
-    """What a collective takes: `latency + bytes received / bandwidth` (Hockney 1994)."""
+    """What a collective takes: `latency + bytes received / bandwidth` (Hockney 1994); and how fast a rank computes.
+
+    Raises `ConfigurationError` for what is no speed.
+    """
 
     bandwidth: float
     """Bytes per second that a rank receives while all ranks exchange."""
     latency: float
     """Seconds of a launch that moves nothing."""
+    flops: float = 4e14
+    """Floating-point operations per second of a rank in products of matrices."""
 
-    def seconds(self, launches: int, received: int) -> float:
+    def __post_init__(self) -> None:
+        if not (0 < self.bandwidth < math.inf and 0 < self.flops < math.inf and 0 <= self.latency < math.inf):
+            raise ConfigurationError(
+                f"{self} is no machine: bandwidth in bytes and flops in operations per second are more than 0, "
+                "and the latency is in seconds"
+            )
+
+    def seconds(self, launches: int, received: float) -> float:
         """The time of some launches, one after the other."""
         return launches * self.latency + received / self.bandwidth
+
+
+DEFAULT_LINKS = Links(bandwidth=3e11, latency=0.0)
+"""What plans are priced by where no links are given: a node of H100s on NVLink, in bfloat16.
+
+A launch costs nothing here: strategies differ by one or two, and no default knows what those are worth on your machine.
+"""
 
 
 def measure_links(group: ProcessGroup | DeviceMesh | None = None, repeats: int = 9) -> Links:
     """Time all-to-alls on the SP group, or on the group given. Every rank of it calls this, and gets the same answer.
 
-    Medians of `repeats` launches of a few bytes, and of some megabytes a rank. The numbers are those of the first rank.
+    Medians of `repeats` launches of a few bytes, of some megabytes a rank, and of products of matrices that all ranks
+    compute at once, in float32, or bfloat16 on an accelerator. The numbers are those of the first rank.
 
     Raises:
         ConfigurationError: there is no SP group, or it is of one rank.
@@ -47,22 +73,33 @@ def measure_links(group: ProcessGroup | DeviceMesh | None = None, repeats: int =
     latency = _median_seconds(ranks, device, _SMALL, repeats)
     share = _LARGE // ranks.size()
     moving = max(_median_seconds(ranks, device, share, repeats) - latency, 1e-9)
-    measured = torch.tensor([4 * share * (ranks.size() - 1) / moving, latency], dtype=torch.float64)
+    flops = 2 * _WIDTH**3 / _median_product(ranks, device, repeats)
+    measured = torch.tensor([4 * share * (ranks.size() - 1) / moving, latency, flops], dtype=torch.float64)
     measured = measured.to(device)
     dist.broadcast(measured, group=ranks, group_src=0)
-    bandwidth, latency = measured.tolist()
-    return Links(bandwidth, latency)
+    return Links(*measured.tolist())
 
 
 def _median_seconds(group: ProcessGroup, device: torch.device, elements: int, repeats: int) -> float:
     """Of an all-to-all in which each rank sends so many float32s to every rank."""
     sent = torch.zeros(elements * group.size(), device=device)
     received = torch.empty_like(sent)
+    return _median(lambda: dist.all_to_all_single(received, sent, group=group), group, device, repeats)
+
+
+def _median_product(group: ProcessGroup, device: torch.device, repeats: int) -> float:
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    matrix = torch.ones(_WIDTH, _WIDTH, dtype=dtype, device=device)
+    return _median(lambda: torch.mm(matrix, matrix), group, device, repeats)
+
+
+def _median(call: Callable[[], object], group: ProcessGroup, device: torch.device, repeats: int) -> float:
+    """Seconds of a call that all ranks begin together."""
     seconds = []
     for _ in range(repeats + 1):
         dist.barrier(group=group)
         started = time.perf_counter()
-        dist.all_to_all_single(received, sent, group=group)
+        call()
         if device.type != "cpu":
             torch.accelerator.synchronize()
         seconds.append(time.perf_counter() - started)

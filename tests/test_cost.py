@@ -35,7 +35,7 @@ def site_bytes(block: Block, parts: int, attention: str = "auto") -> int:
 def test_ulysses_with_whole_kv_groups(repeat: str, heads: int, kv_heads: int, parts: int) -> None:
     local = LENGTH // parts * heads * WIDTH * ITEM
     expected = (2 + 2 * kv_heads / heads) * local * (parts - 1) / parts
-    assert site_bytes(Block(heads, kv_heads, repeat), parts) == expected
+    assert site_bytes(Block(heads, kv_heads, repeat), parts, "ulysses") == expected
 
 
 @pytest.mark.parametrize("repeat", ["expand", "repeat_interleave", "flag"])
