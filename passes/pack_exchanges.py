@@ -87,9 +87,8 @@ def _is_replicated(node: fx.Node) -> bool:
 def _send(graph: fx.Graph, pack: Sequence[fx.Node], copies: dict[fx.Node, fx.Node], rank: fx.Node) -> fx.Node:
     """Write one launch for a pack, and a node of its old name for each of its members."""
     # What is whole on every rank is not kept for backward: its rows are, and are sent for once more.
-    again = (
-        {} if any(member.target is not _GATHER for member in pack) else {"recompute": _AGAIN, "ac_graph_id": _REGION}
-    )
+    gathers = all(member.target is _GATHER for member in pack)
+    again = {"recompute": _AGAIN, "ac_graph_id": _REGION} if gathers else {}
     if len(pack) == 1:
         (gather,) = pack
         x, _, *layout = fx.node.map_arg(gather.args, copies.__getitem__)

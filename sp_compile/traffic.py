@@ -4,6 +4,8 @@
     slice_x = sp.shard(x, …)                             0 forward, 1 backward if x takes a gradient
     replicate_w = sp.replicate(w)                        0 forward, 1 backward if w does
 
+    k = sp.all_gather_replicate(k_local, …)              1 forward, 2 backward: it is gathered again
+
 The graph runs under autograd on values without data, and every launch is noted with the node that it is of. So the
 pairing of an op and its backward is that of `sp_compile.ops`, and not written down a second time. Backward is that of
 AOTAutograd: of all outputs that take a gradient, to all inputs that do.
@@ -23,6 +25,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 
 from .cost import packed_bytes, received, sent_by, shared_bytes
 from .graph import leaving_no_symbols
@@ -62,6 +65,10 @@ def traffic(module: fx.GraphModule, inputs: Sequence[Any], parts: int) -> Mappin
         if made and wanted:
             counter.backward = True
             torch.autograd.grad(made, wanted, [torch.empty_like(x) for x in made], allow_unused=True)
+    for name, noted in counter.found.items():
+        if noted.launches[True] and counter.nodes[name].meta.get("recompute") is CheckpointPolicy.MUST_RECOMPUTE:
+            for counts in (noted.launches, noted.bytes, noted.padded):
+                counts[True] += counts[False]
     return counter.found
 
 

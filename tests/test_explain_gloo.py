@@ -213,7 +213,7 @@ def test_lowered_by_inductor_the_same_is_moved(gloo2: GlooPool) -> None:
 def test_without_gradients_nothing_is_sent_back(gloo2: GlooPool) -> None:
     for real in gloo2.run(measured, "bfloat16", "eager", False):
         assert real == explained("bfloat16", grad=False)
-        assert real[:2] == explained("bfloat16")[:2] and real[2:] == (0, 0)
+        assert real[2:] == (0, 0) < real[:2]  # another plan than in training: there is no backward to pay for
 
 
 def test_what_transports_count_has_the_padding(gloo2: GlooPool) -> None:
