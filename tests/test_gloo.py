@@ -32,6 +32,7 @@ from sp_compile.debug import unsharded_graphs
 
 from .gloo_pool import GlooPool
 from .models import MODELS, inputs_of
+from .slow_transport import exchanged
 from .test_passes import Block
 
 pytestmark = pytest.mark.slow
@@ -508,3 +509,10 @@ def by_name() -> float:
 
 def test_the_registered_name(gloo2: GlooPool) -> None:
     assert max(gloo2.run(by_name)) < 1e-5
+
+
+def test_the_slow_transport_tells_what_it_hid(gloo2: GlooPool) -> None:
+    """Half of a transfer, all of it, or nothing, under work of that length."""
+    for work, share in ((0.05, 0.5), (0.2, 1.0), (0.0, 0.0)):
+        for hidden, seconds in gloo2.run(exchanged, work):
+            assert abs(hidden - share) < 0.2 and seconds >= max(0.1, work)
