@@ -271,6 +271,8 @@ def _counted_at(rules: GraphRules, origins: Mapping[fx.Node, fx.Node | None]) ->
 def _op(node: fx.Node, captured: fx.Node | None, moved: Traffic | None, plan: ShardingPlan, work: int) -> Op:
     """`captured` is the node that this one stands for, or was made for."""
     value, whole = node.meta.get("val"), captured.meta.get("val") if captured is not None else None
+    if moved is not None and isinstance(value, tuple):
+        value = value[0]  # of several that are sent together; they go from one dimension to one
     local, own = _shape(value), plan.nodes.get(captured) if captured is not None else None
     cut = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "sp"
     if node.op in ("placeholder", "output"):

@@ -30,7 +30,10 @@ def test_program_is_right_on_every_rank(case: Program) -> None:
     inputs = [
         torch.randn(a, dtype=torch.float64, requires_grad=True) if isinstance(a, tuple) else a() for a in case.arguments
     ]
-    graphs = assert_equivalent(module, inputs, parts=case.parts, dynamic=case.dynamic, must_shard=case.shards)
+    options = {"attention": case.attention}
+    graphs = assert_equivalent(
+        module, inputs, parts=case.parts, dynamic=case.dynamic, must_shard=case.shards, options=options
+    )
     total = sum(map(moved, graphs), Counter[str]())
     if not case.whole:
         assert not [str(fallback.node) for graph in graphs for fallback in graph.plan.fallbacks]

@@ -23,7 +23,7 @@ def causal(m: Parts, x: Tensor) -> Any:
     return m.block(x, is_causal=True)
 
 
-@program((1, 13, 24), kv=2, heads=6, parts=4, moves={"all_to_all": 4, "gather_output": 1})
+@program((1, 13, 24), kv=2, heads=6, parts=4, attention="ulysses", moves={"all_to_all": 4, "gather_output": 1})
 def gqa_6_heads_2_groups(m: Parts, x: Tensor) -> Any:
     return m.attend(x, enable_gqa=True)
 
@@ -70,7 +70,7 @@ def gqa_tile(m: Parts, x: Tensor) -> Any:
     return m.o(m.join(F.scaled_dot_product_attention(m.split(m.q(x)), k, v)))
 
 
-@program(WIDE, heads=6, kv=2, parts=4, moves={"all_to_all": 4, "gather_output": 1})
+@program(WIDE, heads=6, kv=2, parts=4, attention="ulysses", moves={"all_to_all": 4, "gather_output": 1})
 def gqa_uneven_bias(m: Parts, x: Tensor) -> Any:
     return m.attend(x, enable_gqa=True, attn_mask=m.bias.view(1, 6, 1, 1) * torch.arange(13))
 
@@ -273,7 +273,7 @@ def one_query(m: Parts, q: Tensor, x: Tensor) -> Any:
     return (m.attend(q, y), m.attend(y[:, :1], y), m.attend(y, y[:, :1]))
 
 
-@program(X, (2, 7, 12), moves={"all_to_all": 8, "gather_seq": 2, "gather_output": 1})
+@program(X, (2, 7, 12), attention="ulysses", moves={"all_to_all": 12, "gather_output": 1})
 def cross_sharded(m: Parts, x: Tensor, mem: Tensor) -> Any:
     return m.attend(m.block(x), m.block(mem))
 

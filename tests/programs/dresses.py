@@ -204,7 +204,7 @@ def retention(m: Parts, x: Tensor) -> Any:
     return m.o(m.join(F.group_norm(o.transpose(1, 2).reshape(26, 12), 3).view(2, 13, 3, 4).transpose(1, 2)))
 
 
-@program(WIDE, heads=6, kv=2, parts=2, moves={"all_to_all": 4, "gather_output": 1})
+@program(WIDE, heads=6, kv=2, parts=2, attention="ulysses", moves={"all_to_all": 4, "gather_output": 1})
 def a_group_on_each_of_two_ranks(m: Parts, x: Tensor) -> Any:
     return m.attend(x, enable_gqa=True, is_causal=True)
 

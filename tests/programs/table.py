@@ -103,6 +103,7 @@ class Program:
     """Something runs on gathered values, for want of a rule or of a dimension to borrow."""
     moves: dict[str, int] = field(default_factory=dict)
     """How often each collective runs in a forward; not asserted if empty."""
+    attention: str = "auto"
     shards: bool = True
     """False: there may be nothing to shard, or nothing that sharding starts from."""
 
@@ -117,6 +118,7 @@ def program(
     whole: bool = False,
     moves: dict[str, int] | None = None,
     shards: bool = True,
+    attention: str = "auto",
     **options: int,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Add a program `(parts, *inputs) -> outputs` to the table; P rotates over the names unless it is given."""
@@ -124,7 +126,7 @@ def program(
     def add(body: Callable[..., Any]) -> Callable[..., Any]:
         make = partial(Parts, body, **options)
         p = parts or 2 + sum(map(ord, body.__name__)) % 3  # by name: it stays when the table grows
-        PROGRAMS.append(Program(body.__name__, make, arguments, p, dynamic, whole, moves or {}, shards))
+        PROGRAMS.append(Program(body.__name__, make, arguments, p, dynamic, whole, moves or {}, attention, shards))
         return body
 
     return add
