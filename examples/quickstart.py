@@ -30,6 +30,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sp_compile import RewrittenGraph, init_sequence_parallel, rewritten_graphs, sp_backend
+from sp_compile.explain import module_path
 
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 2e-4
 
@@ -171,8 +172,7 @@ def describe_attention(graph: RewrittenGraph) -> str:
         ends = planned.site.query, planned.site.key
         values = [graph.plan.nodes[end.node].sources.get(end.index, end.node.args[end.index]) for end in ends]
         heads = [value.meta["val"].shape[1] for value in values]
-        path, _ = [*planned.site.output.meta["nn_module_stack"].values()][-1]
-        rows.append([path.removeprefix("L['self']."), *heads, planned.strategy, f"{size:,}"])
+        rows.append([module_path(planned.site.output), *heads, planned.strategy, f"{size:,}"])
     columns = ["attention", "heads", "KV heads moved", "strategy", "bytes received per rank, forward"]
     return tabulate(rows, columns, colalign=("left", "right", "right", "left", "right"))
 

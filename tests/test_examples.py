@@ -36,7 +36,7 @@ def test_quickstart_trains_as_one_device_does() -> None:
     tiny = ["--layers", "1", "--steps", "3", "--sequence", "65", "--hidden", "32"]
     lines = run("quickstart.py", *tiny).splitlines()
     (site,) = (line.split() for line in lines if line.startswith("model.layers.0.self_attn"))
-    assert site[1] == "8" and site[3] == "ulysses" and int(site[4].replace(",", "")) > 0
+    assert site[1] == "8" and site[3] in ("ulysses", "all_gather_kv") and int(site[4].replace(",", "")) > 0
     assert {line.split()[0] for line in lines if "e-0" in line} == {"loss", "logits,", "gradients,"}
 
 
@@ -60,5 +60,5 @@ def test_the_benchmark_agrees_with_one_device(tmp_path: Path) -> None:
     printed = run("benchmark.py", *tiny, "--plot", str(tmp_path / "steps.png"))
     rows = {line[:18].strip(): line.split() for line in printed.splitlines()}
     assert {"one device", "ceiling", "by hand", "by hand, compiled", "sp_backend"} <= set(rows)
-    assert rows["sp_backend"][5] == "6"  # two a layer each way, the loss, a bucket of gradients
+    assert rows["sp_backend"][6] == "6"  # two a layer each way, the loss, a bucket of gradients
     assert (tmp_path / "steps.png").stat().st_size > 1000

@@ -96,6 +96,9 @@ def _with_global_indices(local: LocalOp) -> fx.Node:
             given["score_mod"] = mod
         else:
             given["block_mask"] = (*given["block_mask"][:-1], mod)
+    for name in ("query", "key", "value"):
+        # Inductor's CPU template takes no view of what an exchange received.
+        given[name] = local.emit(aten.clone.default, given[name], memory_format=torch.contiguous_format)
     return local.emit(call.target, *(given[name] for name in call.arguments))
 
 
