@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
@@ -237,23 +238,27 @@ def _leaving(
     calls the gradient of the sum of the ranks' losses, that sum being the one loss.
     """
 
+    kept = weakref.ref(group)  # a compiled callable does not keep a group that its owner has destroyed
+
     @functools.cache
     def mesh(device_type: str) -> DeviceMesh:
-        return mesh_of(group, given, device_type)
+        alive = kept()
+        assert alive is not None
+        return mesh_of(alive, given, device_type)
 
     def leave(outputs: Sequence[Any]) -> list[Any]:
-        kept, behind = list(outputs[: len(plans)]), iter(outputs[len(plans) :])
+        left, behind = list(outputs[: len(plans)]), iter(outputs[len(plans) :])
         for index, plan in enumerate(plans):
             if isinstance(plan.placement, Sharded):
-                value, dim = kept[index], plan.placement.dim
+                value, dim = left[index], plan.placement.dim
                 order = _memory_order(value, plan.is_padded)
                 if plan.is_padded:
                     value = value.index_select(dim, next(behind).nonzero().flatten())
                 if plan.size is not None:
                     size = plan.size if isinstance(plan.size, int) else next(behind)
                     value = _as_dtensor(value, dim, size, order, mesh(value.device.type))
-                kept[index] = value
-        return kept
+                left[index] = value
+        return left
 
     return leave
 
