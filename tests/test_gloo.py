@@ -516,3 +516,47 @@ def test_the_slow_transport_tells_what_it_hid(gloo2: GlooPool) -> None:
     for work, share in ((0.05, 0.5), (0.2, 1.0), (0.0, 0.0)):
         for hidden, seconds in gloo2.run(exchanged, work):
             assert abs(hidden - share) < 0.2 and seconds >= max(0.1, work)
+
+
+class Gathered(nn.Module):
+    """Two attentions whose K and V are gathered, 7 rows on 2 or 3 ranks."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first, self.second, self.kind = Block(4, 2, "flag"), Block(4, 1, "flag"), kind
+        if kind == "frozen":
+            for part in (self.first.k, self.first.v, self.second.v):
+                part.requires_grad_(False)  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "checkpointed":
+            x = cast(Tensor, checkpoint(self.first, x, use_reentrant=False))
+        else:
+            x = self.first(x)
+        out: Tensor = self.second(x, is_causal=True)
+        return out
+
+
+def gathered(kind: str, inner: str, options: Mapping[str, Any]) -> tuple[float, float, dict[str, float]]:
+    """The largest error of an output, of the input's gradient, and of each parameter's."""
+    torch.manual_seed(0)
+    alone, whole = Gathered(kind), torch.randn(1, 7, 12, requires_grad=True)
+    model, x = copy.deepcopy(alone), whole.detach().clone().requires_grad_()
+    got = torch.compile(model, backend=partial(sp_backend, options={**options, "inner_backend": inner}))(x)
+    expected = alone(whole)
+    for out in (expected, got):
+        out.cos().sum().backward()
+    assert whole.grad is not None and x.grad is not None
+    errors = [float((a - b).detach().abs().max()) for a, b in ((expected, got), (whole.grad, x.grad))]
+    return errors[0], errors[1], gradient_errors(alone, model)
+
+
+def test_what_is_gathered_again_in_backward_is_right(gloo2: GlooPool, gloo3: GlooPool) -> None:
+    """Lowered, so that backward really sends again; with the user's own checkpoint, and without gradients of K and V."""
+    for pool in (gloo2, gloo3):
+        for kind in ("plain", "checkpointed", "frozen"):
+            for strategy in ("all_gather_kv", "ulysses"):
+                for out, given, parameters in pool.run(gathered, kind, "aot_eager", {"attention": strategy}):
+                    assert max(out, given, *parameters.values()) < 1e-5, (kind, strategy)
+    for out, given, parameters in gloo2.run(gathered, "checkpointed", "inductor", {"attention": "all_gather_kv"}):
+        assert max(out, given, *parameters.values()) < 1e-5
