@@ -32,7 +32,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from sp_compile.config import Output, SequenceParallelConfig
 from sp_compile.graph import GraphRules, is_tensor, op_of, source_of
 from sp_compile.ops import MOVING_OPS
-from sp_compile.plan import LeavingOutput, ShardedGraph, ShardingPlan, SitePlan
+from sp_compile.plan import COMPUTED_AGAIN, LeavingOutput, ShardedGraph, ShardingPlan, SitePlan
 from sp_compile.rule import OpCall, argument_defaults, in_order
 from sp_compile.sharding import (
     REPLICATED,
@@ -441,6 +441,10 @@ class _GraphOp:
 
     def size(self, size: Size) -> int | fx.Node:
         return self._writer.size(size)
+
+    def computed_again(self, value: fx.Node) -> fx.Node:
+        value.meta |= COMPUTED_AGAIN
+        return value
 
     def mask_padding(self, value: fx.Node, placement: Placement, fill: float | int) -> fx.Node:
         if not isinstance(placement, Sharded):

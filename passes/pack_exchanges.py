@@ -21,18 +21,15 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.checkpoint import CheckpointPolicy
 
 from sp_compile.canonicalize import STATE
 from sp_compile.ops import MOVING_OPS, packed_exchange
-from sp_compile.plan import ShardedGraph
+from sp_compile.plan import COMPUTED_AGAIN, ShardedGraph
 from sp_compile.rule import argument_defaults
 
 sp = torch.ops.sp
 _EXCHANGES = (sp.all_to_all.default, sp.all_to_all_kv.default)
 _GATHER, _REPLICATE = sp.all_gather.default, sp.replicate.default
-_AGAIN, _REGION = CheckpointPolicy.MUST_RECOMPUTE, 1 << 30
-"""What AOTAutograd's partitioner reads: of a region of its own, behind all that the user checkpoints."""
 
 
 def pack_exchanges(sharded: ShardedGraph) -> ShardedGraph:
@@ -88,7 +85,7 @@ def _send(graph: fx.Graph, pack: Sequence[fx.Node], copies: dict[fx.Node, fx.Nod
     """Write one launch for a pack, and a node of its old name for each of its members."""
     # What is whole on every rank is not kept for backward: its rows are, and are sent for once more.
     gathers = all(member.target is _GATHER for member in pack)
-    again = {"recompute": _AGAIN, "ac_graph_id": _REGION} if gathers else {}
+    again = COMPUTED_AGAIN if gathers else {}
     if len(pack) == 1:
         (gather,) = pack
         x, _, *layout = fx.node.map_arg(gather.args, copies.__getitem__)

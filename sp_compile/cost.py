@@ -38,7 +38,8 @@ from .graph import GraphRules, operand_nodes
 from .links import Links
 from .ops import AnyExchange, GatherExchange, KVExchange, read_exchange
 from .plan import ShardingPlan
-from .rule import argument_defaults
+from .rule import argument_defaults, called_module
+from .rules.grouped import PRODUCTS
 from .sharding import GroupedHeads, Placement, Replicated, Sharded
 
 aten = torch.ops.aten
@@ -286,14 +287,10 @@ _SCANS = {aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin
 _COPIES = {aten.clone, aten.copy, aten.fill}
 
 
-def _grouped_mm(left: Sequence[int], right: Sequence[int], *rest: Any, **named: Any) -> int:
+def _grouped_mm(left: Sequence[int], right: Sequence[int]) -> int:
     """Rows of one operand, in groups, times the matrix of each group; or groups of the contracted dimension."""
     batch = left[0] if len(left) == len(right) == 3 else 1
     return 2 * batch * left[-2] * left[-1] * right[-1]
-
-
-_FORMULAS = {aten._grouped_mm: _grouped_mm}
-"""What torch's own registry lacks; `torch.utils.flop_counter.register_flop_formula` adds an op of yours."""
 
 
 @dataclass(frozen=True)
@@ -326,8 +323,10 @@ def planned_flops(rules: GraphRules, plan: ShardingPlan) -> PlannedFlops:
 
 
 def flops(node: fx.Node) -> int:
-    """The floating-point operations of one node, on the shapes of its `meta["val"]`."""
+    """The floating-point operations of one node, on the shapes of its `meta["val"]`; of an opaque part 0."""
     target = node.target
+    if node.op == "call_module":
+        return sum(map(flops, called_module(node).graph.nodes))
     values = [each for each in pytree.tree_leaves(node.meta.get("val")) if isinstance(each, torch.Tensor)]
     operands = operand_nodes(node) if isinstance(target, torch._ops.OpOverload) else ()
     if not operands or not any(each.is_floating_point() for each in values):
@@ -348,13 +347,17 @@ def contraction_flops(node: fx.Node) -> int:
     Counted on the meta device, in what the op decomposes to.
     """
     target = node.target
+    if node.op == "call_module":
+        return sum(map(contraction_flops, called_module(node).graph.nodes))
     if not isinstance(target, torch._ops.OpOverload) or target.namespace == "sp" or not operand_nodes(node):
         return 0
+    if target.name() in PRODUCTS:
+        return _grouped_mm(*(_like(operand.meta["val"]).shape for operand in operand_nodes(node)[:2]))
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
-    if not composite and target.overloadpacket not in (*flop_registry, *_FORMULAS):
+    if not composite and target.overloadpacket not in flop_registry:
         return 0
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: _like(operand.meta["val"]))
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         target(*args, **{name: "meta" if name == "device" else value for name, value in kwargs.items()})
     return int(counter.get_total_flops())
 

@@ -490,7 +490,7 @@ def _uncounted(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
         target = node.target
         foreign = isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "sp", "prims")
         known = isinstance(target, torch._ops.OpOverload) and target.overloadpacket in flop_registry
-        if node.op == "call_module" or (foreign and not known):
+        if (node.op == "call_module" and not flops(node)) or (foreign and not known):
             found[_op_name(node)] = None
     return tuple(found)
 

@@ -6,9 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from .rule import OpSharding
 from .sharding import REPLICATED, Placement, Size
+
+COMPUTED_AGAIN = {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 1 << 30}
+"""What a node has in `meta` for AOTAutograd's partitioner not to keep its value for backward: it is of a region of its
+own, behind all that the user checkpoints."""
 
 
 @dataclass(frozen=True)

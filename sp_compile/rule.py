@@ -206,6 +206,10 @@ class LocalOp(Protocol):
         """This rank's place in the group, int64 `[1]`."""
         ...
 
+    def computed_again(self, value: fx.Node) -> fx.Node:
+        """`value`, which is not kept for backward but computed once more."""
+        ...
+
     def module(self, name: str, module: fx.GraphModule) -> fx.Node:
         """A graph as an argument: what a higher-order operator calls."""
         ...

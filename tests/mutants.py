@@ -34,6 +34,7 @@ from sp_compile.sharding import Sharded
 
 aten = torch.ops.aten
 writer: Any = sys.modules["sp_compile.passes.insert_collectives"]
+grouping: Any = sys.modules["sp_compile.passes.outline_grouped_rows"]
 
 TESTS = [
     "tests/test_rules.py",
@@ -54,6 +55,8 @@ PROGRAMS = frozenset([
     "masked_mean", "mean_used_everywhere", "std_correction", "ce_classdim", "ce_uneven", "ce_shift_slice",
     "tied_loss", "weights_of_padded_rows", "no_grad_region", "weight_first_used_without_gradient",
     "convolution_of_equal_length", "all_but_the_first", "rows_that_are_cut_off_are_zero",
+    "experts_sorted_and_back", "experts_that_look_at_neighbours", "experts_with_places_for_some",
+    "experts_by_the_counts_of_others", "experts_from_the_last",
     "param_both", "adaln", "kl_divergences", "mixer", "reciprocal_of_positions",
 ])
 OVERLOADS = frozenset(
@@ -454,6 +457,24 @@ def _() -> AbstractContextManager[Any]:
         return forward(ctx, x, dim, row, torch.ones_like(mine), group)
 
     return patch.object(ops._SelectRows, "forward", staticmethod(all_ranks))
+
+
+@mutant("grouped rows: any op keeps to its rows")
+def _() -> AbstractContextManager[Any]:
+    return patch.object(grouping._Reading, "_keeps_rows", lambda reading, node: True)
+
+
+@mutant("grouped rows: in any order")
+def _() -> AbstractContextManager[Any]:
+    return patch.object(grouping, "_sorts_groups", lambda rules, sort: True)
+
+
+@mutant("grouped rows: whichever rows were counted")
+def _() -> AbstractContextManager[Any]:
+    def read(reading: Any, node: fx.Node) -> None:
+        reading.sizes[node] = node.args[1]
+
+    return patch.object(grouping._Reading, "_read_sizes", read)
 
 
 # The plugin

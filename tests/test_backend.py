@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -518,39 +518,71 @@ class Checkpointed(nn.Module):
         return self.body(x) if self.how is None else checkpoint(self.body, x * 1, **self.how)
 
 
-def lowered(how: Mapping[str, Any] | None, p: float, partition: Callable[..., Any]) -> tuple[list[Counter[str]], int]:
-    """The collectives of the forward and the backward graph, and how many bytes wait from one for the other."""
+def lowered(
+    model: nn.Module,
+    partition: Callable[..., Any] = min_cut_rematerialization_partition,
+    parts: int = 2,
+    **options: Any,
+) -> tuple[list[Counter[str]], list[Tensor]]:
+    """The collectives of the forward and the backward graph of 70 rows, and what waits between, but for vectors."""
     counts: list[Counter[str]] = []
-    saved: list[int] = []
+    saved: list[list[Tensor]] = []
 
     def compiler(gm: fx.GraphModule, inputs: Any) -> Any:
         functional = [n.target for n in gm.graph.nodes if getattr(n.target, "namespace", "") == "_c10d_functional"]
         counts.append(Counter(target._opname for target in functional))
         outputs: Any = gm.graph.output_node().args[0]
         values = [each.meta["val"] for each in outputs if each is not None and each.op != "placeholder"]
-        saved.append(sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor) and v.dim() > 1))
+        saved.append([v for v in values[1:] if isinstance(v, Tensor) and v.dim() > 1])
         return gm.forward
 
     inner = aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=partition)
-    with fake_world(2):
+    with fake_world(parts):
         torch._dynamo.reset()
         init_sequence_parallel()
-        model = torch.compile(Checkpointed(how, p), backend=partial(sp_backend, options={"inner_backend": inner}))
-        model(torch.randn(1, 70, 12)).sum().backward()
+        compiled = torch.compile(model, backend=partial(sp_backend, options={"inner_backend": inner, **options}))
+        compiled(torch.randn(1, 70, 12)).sum().backward()
     torch._dynamo.reset()
     return counts, saved[0]
 
 
+def bytes_of(values: Iterable[Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in values)
+
+
 @pytest.mark.parametrize("partition", [min_cut_rematerialization_partition, default_partition])
 def test_a_checkpointed_region_is_computed_again_and_not_sent_for_again(partition: Callable[..., Any]) -> None:
-    (forward, _), plain = lowered(None, 0.0, min_cut_rematerialization_partition)
+    (forward, _), plain = lowered(Checkpointed(None, 0.0))
     # q, k and v of two sites and their way home, one softmax over tokens that borrows channels and returns, one mean
     assert forward == {"all_to_all_single": 6, "all_reduce": 1, "wait_tensor": 7}
     for how in ({"use_reentrant": False}, {"use_reentrant": True, "preserve_rng_state": False}):
-        (again, backward), saved = lowered(how, 0.1, partition)
+        (again, backward), saved = lowered(Checkpointed(how, 0.1), partition)
         assert again == forward
         assert backward["all_to_all_single"] == 6
-        assert saved < plain
+        assert bytes_of(saved) < bytes_of(plain)
+
+
+class TwoBlocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Block(4), Block(4))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.blocks(x)
+
+
+@pytest.mark.parametrize("attention", ["ulysses", "all_gather_kv"])
+def test_what_is_saved_for_backward_is_a_ranks_part(attention: str) -> None:
+    """Where K and V are gathered, they are gathered again in backward, and the causal mask is built again."""
+    _, alone = lowered(TwoBlocks(), parts=1)
+    for parts in (2, 4):
+        (_, backward), saved = lowered(TwoBlocks(), parts=parts, attention=attention)
+        rows = -(-70 // parts)
+        saved = [value for value in saved if not {70, rows}.isdisjoint(value.shape)]  # no weights
+        assert bytes_of(saved) <= bytes_of(alone) * rows / 70 + rows  # and which are padding
+        if attention == "all_gather_kv":
+            assert all(70 not in value.shape for value in saved)
+            assert backward["all_gather_into_tensor"] == 2
 
 
 def of_24_features(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -552,7 +552,7 @@ def gathered(kind: str, inner: str, options: Mapping[str, Any]) -> tuple[float, 
 
 
 def test_what_is_gathered_again_in_backward_is_right(gloo2: GlooPool, gloo3: GlooPool) -> None:
-    """Lowered, so that backward really sends again; with the user's own checkpoint, and without gradients of K and V."""
+    """Lowered, so that backward really sends again; with a checkpoint of the user's own; with frozen K and V."""
     for pool in (gloo2, gloo3):
         for kind in ("plain", "checkpointed", "frozen"):
             for strategy in ("all_gather_kv", "ulysses"):

@@ -146,6 +146,13 @@ EAGER: Mapping[str, Any] = {"attentions": ("eager",)}
 POSITIONS: Mapping[str, Any] = {"max_position_embeddings": room}
 GROUPED: Mapping[str, Any] = {"num_key_value_heads": 2}
 EXPERTS: Mapping[str, Any] = {"num_experts_per_tok": 2, "experts_implementation": "batched_mm"}
+# grouped_mm, the default of the library, does not run in fp64.
+SORTED: Mapping[str, Any] = {
+    "num_experts_per_tok": 2,
+    "experts_implementation": "grouped_mm",
+    "dtype": torch.float32,
+    "tolerance": 1e-5,
+}
 
 decoder = partial(huggingface, family="decoder")
 add("llama", "decoder", lambda a, n: llama(attn_implementation=a, use_cache=False), language)
@@ -170,11 +177,10 @@ decoder(
     head_dim=8,
     sliding_window=5,
     num_local_experts=4,
-    **EXPERTS,
+    **SORTED,
     **EAGER,
 )
 
-# grouped_mm, the default of the library, does not run in fp64.
 mixture = partial(huggingface, family="mixture of experts")
 mixture(
     "mixtral",
@@ -182,10 +188,7 @@ mixture(
     config="MixtralConfig",
     **GROUPED,
     num_local_experts=4,
-    num_experts_per_tok=2,
-    experts_implementation="grouped_mm",
-    dtype=torch.float32,
-    tolerance=1e-5,
+    **SORTED,
 )
 mixture(
     "qwen3_moe",
@@ -196,7 +199,7 @@ mixture(
     num_experts=4,
     moe_intermediate_size=16,
     decoder_sparse_step=1,
-    **EXPERTS,
+    **SORTED,
 )
 mixture("olmoe", architecture="OlmoeForCausalLM", config="OlmoeConfig", num_experts=4, **EXPERTS)
 

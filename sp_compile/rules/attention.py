@@ -5,6 +5,7 @@ Packed, in documents that begin where `cu_seq` says: `q! h d!, k! h d!, k! h d!,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -100,14 +101,16 @@ def _causal(local: LocalOp) -> fx.Node:
     """Causal attention for the queries of one rank: row i sees the keys up to its global position."""
     call, placement = local.call, local.operands[0]
     assert isinstance(placement, Sharded)
+    query = call.operands[0]
     rows = local.emit(aten.unsqueeze.default, local.positions(placement), 1)
     size = local.size(call.operands[1].shape[-2])
-    columns = local.emit(aten.arange.default, size, dtype=torch.int64, device=call.operands[0].device)
-    mask = local.emit(aten.ge.Tensor, rows, columns)
-    query, key, value = (local.operand(index) for index in range(3))
-    return local.emit(
-        call.target, query, key, value, mask, 0.0, False, scale=call["scale"], enable_gqa=call["enable_gqa"]
-    )
+    columns = local.emit(aten.arange.default, size, dtype=torch.int64, device=query.device)
+    later = local.computed_again(local.emit(aten.lt.Tensor, rows, columns))
+    # Additive: of a bool one the op would keep what it makes of it, `[S / P, S]` in the dtype of the query.
+    zeros = local.computed_again(local.emit(aten.zeros_like.default, later, dtype=query.dtype))
+    mask = local.computed_again(local.emit(aten.masked_fill.Scalar, zeros, later, -math.inf))
+    operands = [local.operand(index) for index in range(3)]
+    return local.emit(call.target, *operands, mask, 0.0, False, scale=call["scale"], enable_gqa=call["enable_gqa"])
 
 
 @rule(packed_attention)

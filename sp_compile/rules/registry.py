@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from ..errors import RuleError
 from ..rule import Op, OpCall, OpShardingRule, argument_defaults, own_dimension, parse_rule
 from .functions import function_rule
+from .grouped import GroupedRows, grouped_rule
 
 RuleFunction = Callable[[OpCall], OpShardingRule | None]
 """None: this call (by its arguments) has no rule; the op is need-replication in every factor."""
@@ -107,7 +108,9 @@ def rule_for(call: OpCall) -> OpShardingRule | None:
     mutates = isinstance(call.target, OpOverload) and call.target._schema.is_mutable
     if mutates or any(size == 0 for spec in call.operands for size in spec.shape):
         return None
-    function = function_rule if isinstance(call.target, GraphModule) else _RULES.get(call.target)
+    function = _RULES.get(call.target)
+    if isinstance(call.target, GraphModule):
+        function = grouped_rule if isinstance(call.target, GroupedRows) else function_rule
     if function is None and _is_pointwise(call.target):
         function = _RULES[torch.ops.aten.add.Tensor]
     try:

@@ -1,6 +1,20 @@
 """Small programs in one table, a file per family."""
 
-from . import attention, dresses, losses, masks, mixing, modules, shifts, sizes, states, streams, tokens, windows
+from . import (
+    attention,
+    dresses,
+    experts,
+    losses,
+    masks,
+    mixing,
+    modules,
+    shifts,
+    sizes,
+    states,
+    streams,
+    tokens,
+    windows,
+)
 from .table import PROGRAMS, Parts, Program, moved, wasted
 
 __all__ = [
@@ -9,6 +23,7 @@ __all__ = [
     "Program",
     "attention",
     "dresses",
+    "experts",
     "losses",
     "masks",
     "mixing",

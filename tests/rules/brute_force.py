@@ -133,6 +133,9 @@ class EagerLocalOp:
     def size(self, size: Any) -> int:
         return int(size)
 
+    def computed_again(self, value: Ranks) -> Ranks:
+        return value
+
     def mask_padding(self, value: Ranks, placement: Placement, fill_value: float) -> Ranks:
         assert isinstance(placement, Sharded)
         rows = rows_of(placement.layout, self.parts)
