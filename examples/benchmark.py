@@ -4,6 +4,7 @@
     python examples/benchmark.py --sequence 4096 8192 --kv-heads 2
     python examples/benchmark.py --model vit --sequence 4096
     python examples/benchmark.py --model my_models.py:make     make() -> (model, args, kwargs)
+    python examples/benchmark.py --sequence 4096 --ranks 2 4   one after the other
     torchrun --nproc-per-node 2 examples/benchmark.py          ranks of your own
 
 A step is forward and backward, from the loss, or the sum of the first output. Every round runs each variant once, in
@@ -19,16 +20,18 @@ turn; a rank has one thread.
 Written by hand (llama, vit): rows cut before the embedding, one all-to-all for q, k and v with grouped KV heads beside
 Q, one for the output, rotary tables cut by rank, a loss over my rows. Printed: medians with the middle half of the
 rounds; launches and bytes that a rank receives in a step, counted at the process group; what a step adds to resident
-memory at its peak, the heap trimmed before; the first step, which compiles. The exit code is 1 if gradients are not
-those of one device; losses are not compared.
+memory at its peak, the heap trimmed before and what is freed given back at once; the first step, which compiles. The
+exit code is 1 if losses and gradients are not those of one device.
 """
 
 import argparse
 import ctypes
 import gc
 import importlib.util
+import math
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -38,6 +41,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -51,6 +55,8 @@ from sp_compile import get_sequence_parallel_group, init_sequence_parallel, sp_b
 from sp_compile.functional import gather_heads_scatter_seq, gather_seq_scatter_heads
 
 TOLERANCE = 1e-4
+CEILING = "ceiling"
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 # The model, and how it is written by hand
@@ -79,6 +85,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 def attend_by_hand(q: Tensor, k: Tensor, v: Tensor, causal: bool, parts: int, sends: bool) -> Tensor:
     """All rows for my heads, by one all-to-all there and one back; without `sends` as much work on rows of mine."""
+    if k.shape[2] % parts:
+        k, v = (x.repeat_interleave(parts // math.gcd(x.shape[2], parts), 2) for x in (k, v))
     dim, width = q.shape[-1], [x.shape[2] // parts for x in (q, k, v)]
     of_ranks = torch.cat([x.unflatten(2, (parts, -1)) for x in (q, k, v)], 3)  # [B, s, P, heads of a rank, D]
     if sends:
@@ -161,7 +169,7 @@ class ByHand(nn.Module):
             total = F.cross_entropy(model.head(h).flatten(0, 1), self.rows(labels, 1).flatten(), reduction="sum")
             return total * self.parts / (labels != -100).sum()
         pooled = h.sum(1) / x.shape[1]
-        pooled = all_reduced(pooled) if self.sends else pooled
+        pooled = _AllReduced.apply(pooled) if self.sends else pooled  # type: ignore[no-untyped-call]
         return F.cross_entropy(model.head(pooled), labels)
 
 
@@ -170,20 +178,18 @@ class _AllReduced(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
+        return all_reduced(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = grad.clone()
-        dist.all_reduce(total)
-        return total
+        return all_reduced(grad)
 
 
 def all_reduced(x: Tensor) -> Tensor:
-    result: Tensor = _AllReduced.apply(x)  # type: ignore[no-untyped-call]
-    return result
+    group = get_sequence_parallel_group()
+    assert group is not None
+    total: Tensor = funcol.all_reduce(x, "sum", group.group_name)
+    return total
 
 
 # What is measured
@@ -195,6 +201,9 @@ class Variant:
     step: Callable[[], Tensor]
     alone: bool = False
     """Only rank 0 runs it."""
+    whole: bool = True
+    """Its loss is that of the whole sequence, not of a rank's rows."""
+    loss: Tensor | None = None
     first: float = 0.0
     seconds: list[float] = field(default_factory=list)
     launches: int = 0
@@ -246,6 +255,12 @@ def reset_peak() -> None:
         clear.write("5")
 
 
+def give_back_at_once() -> None:
+    """From now on freed tensors leave the process, so that its size is what is in use; it takes time."""
+    if not torch.cuda.is_available():
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**17)
+
+
 def peak_of(step: Callable[[], Tensor]) -> int:
     """What a step adds to memory at its peak."""
     if torch.cuda.is_available():
@@ -278,15 +293,15 @@ def variants(options: argparse.Namespace, length: int, group: CountingGroup) -> 
         torch.manual_seed(0)
         return make(options, length)
 
-    def variant(name: str, model: nn.Module, call: Callable[..., Any], alone: bool = False) -> Variant:
-        return Variant(name, partial(training_step, model, call, args, kwargs), alone)
+    def variant(name: str, model: nn.Module, call: Callable[..., Any], **kind: bool) -> Variant:
+        return Variant(name, partial(training_step, model, call, args, kwargs), **kind)
 
     model, args, kwargs = made()
     found = [variant("one device", model, torch.compile(model, dynamic=False), alone=True)]
     checked = [model]
     if isinstance(model, Transformer):
         for name, compiles, sends in (
-            ("ceiling", True, False),
+            (CEILING, True, False),
             ("by hand", False, True),
             ("by hand, compiled", True, True),
         ):
@@ -297,7 +312,7 @@ def variants(options: argparse.Namespace, length: int, group: CountingGroup) -> 
             if sends:
                 call = DistributedDataParallel(call)
                 call.register_comm_hook(group, counted_average)
-            found.append(variant(name, twin, call))
+            found.append(variant(name, twin, call, whole=False))
             checked += [twin] if sends else []
     ours, _, _ = made()
     found.append(variant("sp_backend", ours, torch.compile(ours, backend=sp_backend, dynamic=False)))
@@ -338,25 +353,47 @@ def run(variant: Variant) -> tuple[float, Tensor | None]:
 
 
 def measure(options: argparse.Namespace, length: int, group: CountingGroup) -> tuple[list[Variant], float]:
-    """The variants, timed, and the largest error of a gradient, relative to the largest of one device."""
+    """The variants, timed, and the largest error of a loss, or of a gradient, relative to that of one device."""
     torch._dynamo.reset()
     timed, models = variants(options, length, group)
     for each in tqdm(timed, desc=f"S = {length}: compiling", disable=dist.get_rank() > 0, leave=False):
-        each.first, _ = run(each)
+        each.first, each.loss = run(each)
     errors = [relative(models[0], other) for other in models[1:]]
+    errors += [error_of_loss(timed[0], each) for each in timed[1:] if each.name != CEILING]
     for each in timed:
         group.launches, group.received = 0, 0.0
         run(each)
         each.launches, each.received = group.launches, group.received
-        dist.barrier()
-        if dist.get_rank() == 0 or not each.alone:
-            each.peak = peak_of(each.step)
-        for model in models:
-            model.zero_grad()
     for _ in tqdm(range(options.rounds), desc=f"S = {length}", disable=dist.get_rank() > 0, leave=False):
         for each in timed:
             each.seconds.append(run(each)[0])
+    give_back_at_once()
+    for each in timed:
+        for model in models:
+            model.zero_grad()
+        run(each)
+        for model in models:
+            model.zero_grad()
+        dist.barrier()
+        if dist.get_rank() == 0 or not each.alone:
+            each.peak = peak_of(each.step)
     return timed, max(errors)
+
+
+def error_of_loss(alone: Variant, other: Variant) -> float:
+    """On any rank, relative; only rank 0 has the loss of one device."""
+    assert other.loss is not None
+    expected = torch.zeros_like(other.loss) if alone.loss is None else alone.loss.clone()
+    dist.broadcast(expected, 0)
+    got = other.loss if other.whole else all_reduced(other.loss) / dist.get_world_size()
+    return worst(((expected - got) / expected).abs())
+
+
+def worst(error: Tensor) -> float:
+    """The largest of an error on any rank; what is no number is not a small error."""
+    error = error.detach().double().reshape(1).nan_to_num(nan=float("inf"))
+    dist.all_reduce(error, dist.ReduceOp.MAX)
+    return float(error)
 
 
 def relative(alone: nn.Module, other: nn.Module) -> float:
@@ -367,9 +404,7 @@ def relative(alone: nn.Module, other: nn.Module) -> float:
         dist.broadcast(expected, 0)
         got = theirs.grad if theirs.grad is not None else torch.zeros_like(theirs)
         error = torch.maximum(error, ((expected - got).abs().max() / expected.abs().max().clamp(min=1e-12)).double())
-    error.nan_to_num_(nan=float("inf"))  # what is no number is not a small error
-    dist.all_reduce(error, dist.ReduceOp.MAX)
-    return float(error)
+    return worst(error)
 
 
 # What is shown
@@ -379,7 +414,9 @@ def table(timed: list[Variant]) -> str:
     alone = statistics.median(timed[0].seconds)
     rows = []
     for each in timed:
-        low, median, high = statistics.quantiles([1e3 * s for s in each.seconds], n=4)
+        low, median, high = statistics.quantiles(
+            [1e3 * s for s in each.seconds * (2 if len(each.seconds) == 1 else 1)], n=4
+        )
         ratio, spread = 1e3 * alone / median, f"{low:.0f} to {high:.0f}"
         peak = f"{each.peak / 2**20:.0f} ({each.peak / max(timed[0].peak, 1):.2f})"
         moved = f"{each.received / 2**20:.1f}"
@@ -435,20 +472,33 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama", help="llama, vit, mmdit or FILE:CALLABLE (default: llama)")
     parser.add_argument("--sequence", type=int, nargs="+", default=[4096], help="lengths, multiples of the ranks")
-    for name, default in (("ranks", 2), ("rounds", 7), ("layers", 4), ("hidden", 256), ("heads", 8), ("kv-heads", 8)):
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2], help="numbers of ranks (default: 2)")
+    for name, default in (("rounds", 7), ("layers", 4), ("hidden", 256), ("heads", 8), ("kv-heads", 8)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
-    parser.add_argument("--plot", help="a PNG to draw the medians to")
+    parser.add_argument("--plot", help="a PNG to draw the medians to; of several numbers of ranks NAME_2.png, ...")
     parser.add_argument("--profile", action="store_true", help="also the largest costs of a step of sp_backend")
-    return parser.parse_args()
+    options = parser.parse_args()
+    uneven = [f"{length} by {ranks}" for length in options.sequence for ranks in options.ranks if length % ranks]
+    if uneven:
+        parser.error(f"by hand a rank has S/P rows, all as many: {', '.join(uneven)} is not whole")
+    return options
+
+
+def launch(options: argparse.Namespace, ranks: int) -> int:
+    """Run this file on so many ranks; returns the exit code."""
+    environment = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", **os.environ}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    command += ["--nproc-per-node", str(ranks), *sys.argv]
+    if options.plot and len(options.ranks) > 1:
+        name, dot, kind = options.plot.rpartition(".")
+        command += ["--plot", f"{name}_{ranks}{dot}{kind}"]
+    return subprocess.run(command, env=environment).returncode
 
 
 def main() -> None:
     options = parse_arguments()
     if "RANK" not in os.environ:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-        launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-        os.execv(sys.executable, [sys.executable, *launch, "--nproc-per-node", str(options.ranks), *sys.argv])
+        sys.exit(max(launch(options, ranks) for ranks in options.ranks))
     torch.set_num_threads(1)
     init_sequence_parallel()
     group = get_sequence_parallel_group()
@@ -456,18 +506,18 @@ def main() -> None:
     counter = CountingGroup(group)
     _unregister_process_group(group.group_name)
     _register_process_group(group.group_name, counter)
-    results, worst = {}, 0.0
+    results, largest = {}, 0.0
     for length in options.sequence:
         results[length], error = measure(options, length, counter)
-        worst = max(worst, error)
+        largest = max(largest, error)
         costs = largest_costs(results[length][-1].step) if options.profile else ""
         if dist.get_rank() == 0:
             print(f"\n{options.model}, S = {length}, {dist.get_world_size()} ranks, {options.rounds} rounds; ", end="")
-            print(f"largest error of a gradient {error:.1e}\n{table(results[length])}\n{costs}", flush=True)
+            print(f"largest error of a loss or gradient {error:.1e}\n{table(results[length])}\n{costs}", flush=True)
     if options.plot and dist.get_rank() == 0:
         plot(results, options.plot)
     dist.barrier()
-    os._exit(0 if worst <= TOLERANCE else 1)  # the counting group outlives the one that it counts for
+    os._exit(0 if largest <= TOLERANCE else 1)  # the counting group outlives the one that it counts for
 
 
 if __name__ == "__main__":

@@ -459,6 +459,14 @@ def _() -> AbstractContextManager[Any]:
     return patch.object(ops._SelectRows, "forward", staticmethod(all_ranks))
 
 
+@mutant("the gradient of gathered rows is that of one rank")
+def _() -> AbstractContextManager[Any]:
+    def join(self: Any, pieces: Tensor, rank: Any, parts: int, dtype: torch.dtype) -> Tensor:
+        return ops._as_before(pieces, dtype)[0]
+
+    return patch.object(ops._GatherReturn, "join", join)
+
+
 @mutant("grouped rows: any op keeps to its rows")
 def _() -> AbstractContextManager[Any]:
     return patch.object(grouping._Reading, "_keeps_rows", lambda reading, node: True)

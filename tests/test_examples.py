@@ -7,9 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
+from sp_compile.simulation import fake_world
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,6 +25,16 @@ def run(script: str, *args: str) -> str:
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
+
+
+def example(name: str) -> Any:
+    """An example as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_print_graph_shows_the_exchanges_of_ulysses() -> None:
@@ -42,16 +56,28 @@ def test_quickstart_trains_as_one_device_does() -> None:
 
 def test_quickstart_refuses_what_differs() -> None:
     pytest.importorskip("transformers")
-    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "examples" / "quickstart.py")
-    assert spec and spec.loader
-    quickstart = importlib.util.module_from_spec(spec)
-    sys.modules["quickstart"] = quickstart
-    spec.loader.exec_module(quickstart)
+    quickstart = example("quickstart")
     expected = torch.tensor([1.0, -2.0])
     assert quickstart.difference(expected, expected + 1e-5) <= quickstart.tolerance("loss")
     assert quickstart.difference(expected, expected + 1e-4) > quickstart.tolerance("loss")
     assert quickstart.difference(expected, expected + 1e-4) <= quickstart.tolerance("gradients, first step")
     assert quickstart.difference(expected, expected + float("nan")) == float("inf")
+
+
+def test_the_benchmark_refuses_what_differs() -> None:
+    pytest.importorskip("tqdm")
+    benchmark = example("benchmark")
+    alone, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    for model in (alone, other):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+    one, two = (benchmark.Variant(name, lambda: None, loss=torch.tensor(2.0)) for name in ("one", "two"))
+    with fake_world(1):
+        assert benchmark.relative(alone, other) == benchmark.error_of_loss(one, two) == 0
+        for wrong in (1.001, float("nan")):
+            other.bias.grad[1], two.loss = wrong, torch.tensor(2 * wrong)
+            assert benchmark.relative(alone, other) > benchmark.TOLERANCE
+            assert benchmark.error_of_loss(one, two) > benchmark.TOLERANCE
 
 
 @pytest.mark.slow
