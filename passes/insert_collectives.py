@@ -300,7 +300,8 @@ class _Writer:
             if value in self.trained and self.local_gradients and isinstance(value.meta["val"], torch.nn.Parameter):
                 scaled = self.emit(torch.ops.sp.scale_gradient.default, whole, float(self.plan.parts))
                 whole = self._named(scaled, f"scale_gradient_{value}", value)
-            elif value in self.trained:
+            elif value in self.trained or whole.target is torch.ops.sp.all_gather.default:
+                # Also where no gradient comes back: what is gathered for sharded work is gathered again in backward.
                 summed = self.emit(torch.ops.sp.replicate.default, whole, self.group)
                 whole = self._named(summed, f"replicate_{value}", value)
             self.converted[key] = whole

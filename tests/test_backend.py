@@ -563,20 +563,24 @@ def test_a_checkpointed_region_is_computed_again_and_not_sent_for_again(partitio
 
 
 class TwoBlocks(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, frozen: bool) -> None:
         super().__init__()
         self.blocks = nn.Sequential(Block(4), Block(4))
+        if frozen:
+            for part in (self.blocks[0].k, self.blocks[0].v):
+                part.requires_grad_(False)  # type: ignore[operator, union-attr]
 
     def forward(self, x: Tensor) -> Any:
         return self.blocks(x)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("attention", ["ulysses", "all_gather_kv"])
-def test_what_is_saved_for_backward_is_a_ranks_part(attention: str) -> None:
+def test_what_is_saved_for_backward_is_a_ranks_part(attention: str, frozen: bool) -> None:
     """Where K and V are gathered, they are gathered again in backward, and the causal mask is built again."""
-    _, alone = lowered(TwoBlocks(), parts=1)
+    _, alone = lowered(TwoBlocks(frozen), parts=1)
     for parts in (2, 4):
-        (_, backward), saved = lowered(TwoBlocks(), parts=parts, attention=attention)
+        (_, backward), saved = lowered(TwoBlocks(frozen), parts=parts, attention=attention)
         rows = -(-70 // parts)
         saved = [value for value in saved if not {70, rows}.isdisjoint(value.shape)]  # no weights
         assert bytes_of(saved) <= bytes_of(alone) * rows / 70 + rows  # and which are padding
