@@ -1,6 +1,6 @@
 """The passes, in the order in which a graph takes them. Installed as `sp_compile.passes`.
 
-    outline_grouped_rows  the experts of a mixture as one call       (transform, in place)
+    outline_experts     the experts of a mixture as one call            (transform, in place)
     find_attention      which nodes are an attention                    (analysis)
     find_mixers         without one: what else mixes a sequence         (analysis)
     propagate           a placement for every value                     (analysis)
@@ -16,8 +16,8 @@ if __name__ == "passes":
 from sp_compile.passes.find_attention import find_attention
 from sp_compile.passes.find_mixers import find_mixers
 from sp_compile.passes.insert_collectives import insert_collectives
-from sp_compile.passes.outline_grouped_rows import outline_grouped_rows
+from sp_compile.passes.outline_experts import outline_experts
 from sp_compile.passes.pack_exchanges import pack_exchanges
 from sp_compile.passes.propagate import propagate
 
-__all__ = ["find_attention", "find_mixers", "insert_collectives", "outline_grouped_rows", "pack_exchanges", "propagate"]
+__all__ = ["find_attention", "find_mixers", "insert_collectives", "outline_experts", "pack_exchanges", "propagate"]

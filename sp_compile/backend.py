@@ -33,7 +33,7 @@ from .graph import GraphRules, leaving_no_symbols
 from .group import current_epoch, cuts_graphs_for_ddp, mesh_of, rank_tensor, resolve_group
 from .guard import guard_graph
 from .ops import LOWERING_VERSION
-from .passes import find_attention, find_mixers, insert_collectives, outline_grouped_rows, pack_exchanges, propagate
+from .passes import find_attention, find_mixers, insert_collectives, outline_experts, pack_exchanges, propagate
 from .plan import AttentionSite, Fallback, LeavingOutput, ShardedGraph, ShardingPlan, SiteOperand
 from .rules import stays_whole
 from .sharded_input import ShardedInput
@@ -174,7 +174,7 @@ def plan_graph(
     clock = _Clock()
     captured = clock.time("capture", capture, gm, example_inputs, stays_whole)
     rules = GraphRules(captured.graph_module.graph, captured.replicated)
-    if clock.time("outline_grouped_rows", outline_grouped_rows, captured.graph_module, rules):
+    if clock.time("outline_experts", outline_experts, captured.graph_module, rules):
         rules = GraphRules(captured.graph_module.graph, captured.replicated)
     sites = clock.time("find_attention", find_attention, rules)
     mixers = () if sites else clock.time("find_mixers", find_mixers, rules)

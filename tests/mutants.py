@@ -34,7 +34,7 @@ from sp_compile.sharding import Sharded
 
 aten = torch.ops.aten
 writer: Any = sys.modules["sp_compile.passes.insert_collectives"]
-grouping: Any = sys.modules["sp_compile.passes.outline_grouped_rows"]
+grouping: Any = sys.modules["sp_compile.passes.outline_experts"]
 
 TESTS = [
     "tests/test_rules.py",

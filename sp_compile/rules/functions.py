@@ -1,4 +1,4 @@
-"""A custom `autograd.Function` that is pointwise, forward and backward, such as an activation of one's own.
+"""Opaque parts that are pointwise: a custom `autograd.Function`, such as an activation of one's own, or a `vmap`.
 
     forward   y = x * tanh(x)        every op has the shape of the operands, or none
     backward  dx = g * (...)         0 where g is 0: a gradient of padding is 0, whatever the padding holds
@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._functorch import predispatch
 from torch._functorch.autograd_function import autograd_function_apply
+from torch._ops import HigherOrderOperator
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..rule import OpCall, OpShardingRule
+from ..rule import OpCall, OpShardingRule, factors_of
 from .dims import fit, plain
 
 aten = torch.ops.aten
@@ -32,10 +34,11 @@ _ALL = {aten.add, aten.sub, aten.where}
 
 
 def function_rule(call: OpCall) -> OpShardingRule | None:
-    """`..., ... -> ...` for a custom Function whose operands have one shape; None for any other opaque part."""
+    """`..., ... -> ...` for operands of one shape, under a `vmap` `d! ..., d! ... -> d! ...`: it knows the size of the
+    dimension that it maps over. None for any other opaque part."""
     assert isinstance(call.target, fx.GraphModule)
-    bodies = _bodies(call.target)
-    if bodies is None or len(call.operands) < len(call.arguments):
+    bodies, mapped = _bodies(call.target), _mapped(call.target)
+    if (bodies is None and mapped is None) or len(call.operands) < len(call.arguments):
         return None
     if {spec and spec.shape for spec in (*call.operands, *call.results)} != {call.operands[0].shape}:
         return None
@@ -43,11 +46,32 @@ def function_rule(call: OpCall) -> OpShardingRule | None:
     shape = [size if isinstance(size, int) else 7 for size in call.operands[0].shape]
     operands = [torch.empty(shape, dtype=spec.dtype, device="meta") for spec in call.operands]
     try:
-        passes = _passes_rows(*bodies, operands)
+        passes = _passes_rows(*bodies, operands) if bodies else _is_pointwise(call.target, operands)
     except (NotImplementedError, RuntimeError):
         return None  # it does what the meta device does not
     dims = plain(call.operands[0].shape)
-    return fit(call, [dims] * len(operands), [dims] * len(call.results)) if passes else None
+    whole = frozenset(factor for dim in mapped or () for factor in factors_of(dims[dim]))
+    made = [dims] * len(call.results)
+    return fit(call, [dims] * len(operands), made, need_replication=whole) if passes else None
+
+
+def _mapped(part: fx.GraphModule) -> set[int] | None:
+    """The dimensions that a part which is one `vmap` maps over, of operands and results; None for any other."""
+    steps = [node for node in part.graph.nodes if node.op == "call_function"]
+    if not steps or steps[0].target is not predispatch._vmap_increment_nesting:
+        return None
+    nested = sum(node.target is predispatch._vmap_increment_nesting for node in steps) > 1
+    if nested or any(isinstance(node.target, HigherOrderOperator) for node in steps):
+        return None  # whose gradient may be one of its own
+    given = {node.args[1] for node in steps if node.target is predispatch._add_batch_dim}
+    made = {node.args[3] for node in steps if node.target is predispatch._remove_batch_dim}
+    return given | made
+
+
+def _is_pointwise(part: fx.GraphModule, operands: Sequence[Tensor]) -> bool:
+    with torch.no_grad(), _Pointwise(operands[0].shape) as seen:
+        part(*operands)
+    return bool(seen.pointwise)
 
 
 def _bodies(part: fx.GraphModule) -> tuple[Callable[..., Any], Callable[..., Any]] | None:

@@ -339,6 +339,41 @@ def under_vmap(m: Parts, x: Tensor) -> Any:
     return m.block(torch.vmap(lambda row: row.cumsum(0) * m.w)(m.block(x)))
 
 
+class SumsItsGradient(torch.autograd.Function):
+    """Pointwise forward; each row's gradient is that of all rows."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Any:
+        return x.tanh()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0].sum(0, keepdim=True).expand_as(gradients[0])
+
+
+@program(X, moves={"all_to_all": 8, "gather_output": 1})
+def pointwise_under_vmap(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    return m.block(torch.vmap(lambda a, b: a.sin() * b + b)(y, y.cos()))
+
+
+@program(X, whole=True)
+def mapped_over_the_sequence(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    return m.block(torch.vmap(lambda a, b: a.sin() * b, in_dims=1, out_dims=1)(y, y.cos()))
+
+
+@program(X, whole=True)
+def a_gradient_of_all_rows_under_vmap(m: Parts, x: Tensor) -> Any:
+    return m.block(torch.vmap(SumsItsGradient.apply)(m.block(x)))
+
+
 @program(X, whole=True)
 def gradient_inside(m: Parts, x: Tensor) -> Any:
     return m.block(torch.func.grad(lambda t: (t.sin() * m.w).sum())(m.block(x)))

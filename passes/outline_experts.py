@@ -38,7 +38,7 @@ _NOT_NEGATIVE = (aten.topk.default, aten.argmax.default, aten.argmin.default)
 """The last result of each is an index."""
 
 
-def outline_grouped_rows(module: fx.GraphModule, rules: GraphRules) -> bool:
+def outline_experts(module: fx.GraphModule, rules: GraphRules) -> bool:
     """Replace each such part of a captured graph by one call; whether there was any."""
     graph, count = module.graph, 0
     for sort in [node for node in graph.nodes if node.target in _SORTS]:
