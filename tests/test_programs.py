@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sp_compile import rewritten_graphs, sp_backend
 from sp_compile.simulation import simulate
@@ -158,3 +158,29 @@ def test_sizes_that_are_read_from_tensors(body: Callable[..., Any], parts: int) 
         (graph,) = assert_equivalent(Parts(body), (x, torch.tensor([5])), parts=parts)
     assert moved(graph)["all_to_all"] >= 4
     assert all(each.reason == "a size is read from a tensor" for each in graph.plan.fallbacks)
+
+
+class Recurrent(nn.Module):
+    """Blocks around a recurrence, which Dynamo leaves out of its graphs, or a hand-written one, which it unrolls."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.before, self.after = Parts(Parts.block), Parts(Parts.block)
+        self.cell: nn.Module = nn.GRUCell(12, 12) if kind == "cell" else getattr(nn, kind)(12, 12, batch_first=True)
+        self.double()
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.before(x)
+        if isinstance(self.cell, nn.GRUCell):
+            states = [y[:, 0] * 0]
+            for at in range(y.shape[1]):
+                states.append(self.cell(y[:, at], states[-1]))
+            y = torch.stack(states[1:], 1)
+        else:
+            y = self.cell(y)[0]
+        return self.after(y)
+
+
+@pytest.mark.parametrize(("kind", "parts"), [("GRU", 3), ("LSTM", 4), ("cell", 2)])
+def test_a_recurrence_between_blocks(kind: str, parts: int) -> None:
+    assert_equivalent(Recurrent(kind), (torch.randn(2, 7, 12, dtype=torch.float64, requires_grad=True),), parts=parts)

@@ -339,6 +339,12 @@ def under_vmap(m: Parts, x: Tensor) -> Any:
     return m.block(torch.vmap(lambda row: row.cumsum(0) * m.w)(m.block(x)))
 
 
+@program(X, moves={"all_to_all": 4, "gather_output": 1})
+def returned_twice(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    return {"first": y, "both": (y, y)}
+
+
 class SumsItsGradient(torch.autograd.Function):
     """Pointwise forward; each row's gradient is that of all rows."""
 
