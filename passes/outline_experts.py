@@ -24,7 +24,7 @@ from torch.fx import Node
 
 from sp_compile.canonicalize import STATE
 from sp_compile.graph import GraphRules, is_tensor, source_of
-from sp_compile.rule import OpShardingRule, argument_defaults
+from sp_compile.rule import OpShardingRule, argument_defaults, factors_of
 from sp_compile.rules.grouped import PRODUCTS, GroupedRows
 from sp_compile.sharding import Size, product
 
@@ -275,7 +275,7 @@ def _is_by_rows(rule: OpShardingRule, grouped: list[bool]) -> bool:
     special = {*rule.need_replication, *rule.bodies, *rule.windows, *(source for source, *_ in rule.windows.values())}
     elsewhere = [dims for dims, known in zip(rule.operands, grouped, strict=True) if not known]
     elsewhere += [dims[1:] for dims in (*rule.results, *rule.operands) if dims and dims[0] == dim]
-    return dim[0] not in special and all(dim != other for dims in elsewhere for other in dims)
+    return dim[0] not in special and all(dim[0] not in factors_of(other) for dims in elsewhere for other in dims)
 
 
 def _keeps_length(node: Node) -> bool:
