@@ -72,6 +72,7 @@ class GraphRules:
         self.graph = graph
         self.replicated = frozenset(replicated)
         self._rules: dict[fx.Node, OpShardingRule | None] = {}
+        self._operands: dict[fx.Node, tuple[fx.Node, ...]] = {}
 
     def rule(self, node: fx.Node) -> OpShardingRule | None:
         """The op sharding rule of a node; None if it has to run on whole values."""
@@ -83,7 +84,9 @@ class GraphRules:
 
     def operands(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The tensor operands of a node, as in its rule."""
-        return operand_nodes(node)
+        if node not in self._operands:
+            self._operands[node] = operand_nodes(node)
+        return self._operands[node]
 
     def sized_by_data(self, node: fx.Node) -> bool:
         """Whether a size of an operand or result is read from a tensor: it is unknown until then, and may be 0."""
