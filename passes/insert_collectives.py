@@ -33,7 +33,7 @@ from sp_compile.config import Output, SequenceParallelConfig
 from sp_compile.graph import GraphRules, is_tensor, op_of, source_of
 from sp_compile.ops import MOVING_OPS
 from sp_compile.plan import LeavingOutput, ShardedGraph, ShardingPlan, SitePlan
-from sp_compile.rule import OpCall, argument_defaults, in_order
+from sp_compile.rule import argument_defaults, in_order
 from sp_compile.sharding import (
     REPLICATED,
     GroupedHeads,
@@ -414,7 +414,7 @@ class _GraphOp:
         self._writer = writer
         rule = writer.rules.rule(node)
         assert rule is not None
-        self.call = OpCall.of_node(node)
+        self.call = writer.rules.call(node)
         self.operands = tuple(plan.operand(index) for index in range(len(self.call.operands)))
         self.results = plan.sharding.results
         self.parts = writer.plan.parts

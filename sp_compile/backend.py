@@ -22,10 +22,12 @@ import torch.distributed as dist
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext
+from torch._ops import OpOverload
 from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
 
 from .capture import CapturedGraph, capture
 from .config import SequenceParallelConfig
@@ -37,6 +39,7 @@ from .guard import guard_graph
 from .ops import LOWERING_VERSION
 from .passes import find_attention, find_mixers, insert_collectives, pack_exchanges, propagate
 from .plan import AttentionSite, Fallback, LeavingOutput, ShardedGraph, ShardingPlan, SiteOperand
+from .rule import TensorSpec
 from .rules import stays_whole
 from .sharded_input import ShardedInput
 from .sharding import Sharded, block_rows, size_of, whole_layout
@@ -337,10 +340,24 @@ def _set_local_values(
     """Write the local value of every node to `meta["val"]`, for whoever prints the graph."""
     mode = next((x.fake_mode for x in captured.inputs if hasattr(x, "fake_mode")), None) or FakeTensorMode()
 
+    moved: dict[Any, Tensor] = {}  # a collective is tens of ops, and the layers of a model make the same calls
+
     class Propagate(fx.Interpreter):
         def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
             value = super().get_attr(target, args, kwargs)
             return mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if not isinstance(target, OpOverload) or target.namespace != "sp":
+                return super().call_function(target, args, kwargs)
+            leaves, structure = pytree.tree_flatten((args, kwargs))
+            call = target, structure, *map(_described, leaves)
+            if call in moved:
+                return _like(moved[call])
+            result = super().call_function(target, args, kwargs)
+            if isinstance(result, Tensor) and not any(_share_memory(result, x) for x in leaves):
+                moved[call] = result
+            return result
 
         def run_node(self, node: fx.Node) -> Any:
             result = super().run_node(node)
@@ -358,6 +375,23 @@ def _set_local_values(
                 inputs[index] = value.new_empty([*value.shape[:dim], rows, *value.shape[dim + 1 :]])
         Propagate(module).run(*inputs, torch.zeros(1, dtype=torch.int64))
     torch.set_grad_enabled(grad_mode)
+
+
+def _described(value: Any) -> Any:
+    """What a fake, or another argument of a call, is told by in a table."""
+    if isinstance(value, Tensor):
+        return TensorSpec.of(value), tuple(map(size_of, value.stride()))
+    return size_of(value) if isinstance(value, torch.SymInt) else value
+
+
+def _like(value: Tensor) -> Tensor:
+    """A fake that lies in memory of its own as `value` lies in its."""
+    rows = value.untyped_storage().nbytes() // value.element_size()
+    return value.new_empty(rows).as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def _share_memory(one: Tensor, other: Any) -> bool:
+    return isinstance(other, Tensor) and one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def _device(example_inputs: Sequence[Any]) -> torch.device:
