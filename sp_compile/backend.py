@@ -26,9 +26,11 @@ from torch._ops import OpOverload
 from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
+from .canonicalize import STATE
 from .capture import CapturedGraph, capture
 from .config import SequenceParallelConfig
 from .debug import log_summary, record, record_unsharded
@@ -186,9 +188,17 @@ def _without_collection() -> Iterator[None]:
 
 @_without_collection()
 def plan_graph(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: SequenceParallelConfig, group_name: str, parts: int
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: SequenceParallelConfig,
+    group_name: str,
+    parts: int,
+    values_apart: bool = False,
 ) -> PlannedGraph:
-    """The passes, in their order, for P = `parts`. Raises `CaptureError`."""
+    """The passes, in their order, for P = `parts`. Raises `CaptureError`.
+
+    `values_apart`: the local values lie in memory as they will, for `peak_activation_bytes`; it takes its time.
+    """
     clock = _Clock()
     captured = clock.time("capture", capture, gm, example_inputs, stays_whole)
     rules = GraphRules(captured.graph_module.graph, captured.replicated)
@@ -202,7 +212,7 @@ def plan_graph(
         outputs = config.output_kinds(captured.output_names)
         arguments = (module, rules, plan, group_name, config, outputs)
         unpacked = clock.time("insert_collectives", insert_collectives, *arguments)
-        clock.time("local_values", _set_local_values, unpacked.graph_module, captured, cut, parts)
+        clock.time("local_values", _set_local_values, unpacked.graph_module, captured, cut, parts, values_apart)
         sharded = clock.time("pack_exchanges", pack_exchanges, unpacked)
     return PlannedGraph(captured, rules, sites, mixers, plan, unpacked, sharded, clock.seconds)
 
@@ -335,12 +345,14 @@ def _cache_key_tag(group: dist.ProcessGroup) -> str:
 
 
 def _set_local_values(
-    module: fx.GraphModule, captured: CapturedGraph, cut: Mapping[fx.Node, Sharded], parts: int
+    module: fx.GraphModule, captured: CapturedGraph, cut: Mapping[fx.Node, Sharded], parts: int, apart: bool
 ) -> None:
-    """Write the local value of every node to `meta["val"]`, for whoever prints the graph."""
-    mode = next((x.fake_mode for x in captured.inputs if hasattr(x, "fake_mode")), None) or FakeTensorMode()
+    """Write the local value of every node to `meta["val"]`, for whoever prints the graph.
 
-    moved: dict[Any, Tensor] = {}  # a collective is tens of ops, and the layers of a model make the same calls
+    The layers of a model make the same calls: those share one value, unless values are to lie `apart` in memory.
+    """
+    mode = next((x.fake_mode for x in captured.inputs if hasattr(x, "fake_mode")), None) or FakeTensorMode()
+    known: dict[Any, Any] = {}
 
     class Propagate(fx.Interpreter):
         def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -348,16 +360,18 @@ def _set_local_values(
             return mode.from_tensor(value) if isinstance(value, Tensor) else value
 
         def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-            if not isinstance(target, OpOverload) or target.namespace != "sp":
+            if target in STATE:
+                known.clear()  # what autocast changes
+            if apart or not isinstance(target, OpOverload):
                 return super().call_function(target, args, kwargs)
             leaves, structure = pytree.tree_flatten((args, kwargs))
             call = target, structure, *map(_described, leaves)
-            if call in moved:
-                return _like(moved[call])
-            result = super().call_function(target, args, kwargs)
-            if isinstance(result, Tensor) and not any(_share_memory(result, x) for x in leaves):
-                moved[call] = result
-            return result
+            if call not in known:
+                result = super().call_function(target, args, kwargs)
+                if any(free_unbacked_symbols(x) for x in pytree.tree_leaves(result)):
+                    return result  # a size that is its own
+                known[call] = result
+            return known[call]
 
         def run_node(self, node: fx.Node) -> Any:
             result = super().run_node(node)
@@ -378,20 +392,10 @@ def _set_local_values(
 
 
 def _described(value: Any) -> Any:
-    """What a fake, or another argument of a call, is told by in a table."""
+    """What an argument of a call is known by; a tensor by what it looks like."""
     if isinstance(value, Tensor):
         return TensorSpec.of(value), tuple(map(size_of, value.stride()))
-    return size_of(value) if isinstance(value, torch.SymInt) else value
-
-
-def _like(value: Tensor) -> Tensor:
-    """A fake that lies in memory of its own as `value` lies in its."""
-    rows = value.untyped_storage().nbytes() // value.element_size()
-    return value.new_empty(rows).as_strided(value.shape, value.stride(), value.storage_offset())
-
-
-def _share_memory(one: Tensor, other: Any) -> bool:
-    return isinstance(other, Tensor) and one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return size_of(value) if isinstance(value, torch.SymInt) else (type(value), value)
 
 
 def _device(example_inputs: Sequence[Any]) -> torch.device:

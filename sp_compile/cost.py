@@ -362,6 +362,8 @@ def contraction_flops(node: fx.Node) -> int:
 def _on_meta(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
         return TensorSpec(tuple(map(_int, leaf.shape)), leaf.dtype, torch.device("meta"))
+    if isinstance(leaf, torch.SymFloat):
+        return 1.0  # a scale: it changes no count, and to look it up would be a guard
     return _int(leaf) if isinstance(leaf, torch.SymInt) else leaf
 
 
