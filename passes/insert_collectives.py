@@ -25,6 +25,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _make_graph_module
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
@@ -112,7 +113,7 @@ class _Writer:
         root = copy.copy(self.graph_module) if self.modules else self.graph_module
         for name, each in self.modules.items():
             root.add_module(name, each)
-        module = fx.GraphModule(root, self.graph)
+        module = _make_graph_module(root, self.graph)
         return ShardedGraph(module, self.origins, outputs, values)
 
     def _values(self) -> tuple[tuple[str, str, Placement], ...]:

@@ -1,6 +1,6 @@
-"""What the passes take grows as the graph does, and not with the ranks: counted in calls, which no other load changes.
+"""What the passes take grows as the graph does, and not with the ranks.
 
-A process says what it calls as often as it is asked; what it takes depends on its neighbours.
+Counted in function calls, which are the same in every run; seconds depend on what else the machine does.
 """
 
 from __future__ import annotations
@@ -75,14 +75,14 @@ def test_the_passes_are_linear_in_the_nodes() -> None:
 def test_a_quadratic_pass_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def quadratic(rules: GraphRules) -> tuple[AttentionSite, ...]:
         for node in rules.graph.nodes:
-            assert sum(map(node.__eq__, rules.graph.nodes))
+            assert [isinstance(other, type(node)) for other in rules.graph.nodes]
         return find_attention(rules)
 
     monkeypatch.setattr(backend, "find_attention", quadratic)
-    assert growth()["find_attention"] > 1.3
+    assert growth()["find_attention"] > 1.2
 
 
 def test_the_passes_do_not_depend_on_the_number_of_ranks() -> None:
-    calls_of_passes(2)
-    few, many = calls_of_passes(4, parts=2), calls_of_passes(4, parts=64)
-    assert all(many[name] < 1.1 * few[name] for name in PASSES), (few, many)
+    # Of each the second time, when torch knows the fakes of these shapes.
+    few, many = ([calls_of_passes(4, parts) for _ in range(2)][1] for parts in (2, 64))
+    assert max(many[name] / few[name] for name in PASSES) < 1.2, (few, many)
