@@ -395,7 +395,9 @@ def _described(value: Any) -> Any:
     """What an argument of a call is known by; a tensor by what it looks like."""
     if isinstance(value, Tensor):
         return TensorSpec.of(value), tuple(map(size_of, value.stride()))
-    return size_of(value) if isinstance(value, torch.SymInt) else (type(value), value)
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value.node.expr  # to look up a number that data will tell is an error
+    return type(value), value
 
 
 def _device(example_inputs: Sequence[Any]) -> torch.device:
