@@ -25,6 +25,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _make_graph_module
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
@@ -33,7 +34,7 @@ from sp_compile.config import Output, SequenceParallelConfig
 from sp_compile.graph import GraphRules, is_tensor, op_of, source_of
 from sp_compile.ops import MOVING_OPS
 from sp_compile.plan import COMPUTED_AGAIN, LeavingOutput, ShardedGraph, ShardingPlan, SitePlan
-from sp_compile.rule import OpCall, argument_defaults, in_order
+from sp_compile.rule import argument_defaults, in_order
 from sp_compile.sharding import (
     REPLICATED,
     GroupedHeads,
@@ -112,7 +113,7 @@ class _Writer:
         root = copy.copy(self.graph_module) if self.modules else self.graph_module
         for name, each in self.modules.items():
             root.add_module(name, each)
-        module = fx.GraphModule(root, self.graph)
+        module = _make_graph_module(root, self.graph)
         return ShardedGraph(module, self.origins, outputs, values)
 
     def _values(self) -> tuple[tuple[str, str, Placement], ...]:
@@ -415,7 +416,7 @@ class _GraphOp:
         self._writer = writer
         rule = writer.rules.rule(node)
         assert rule is not None
-        self.call = OpCall.of_node(node)
+        self.call = writer.rules.call(node)
         self.operands = tuple(plan.operand(index) for index in range(len(self.call.operands)))
         self.results = plan.sharding.results
         self.parts = writer.plan.parts

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _make_graph_module
 
 from sp_compile.canonicalize import STATE
 from sp_compile.ops import MOVING_OPS, packed_exchange
@@ -53,7 +54,7 @@ def pack_exchanges(sharded: ShardedGraph) -> ShardedGraph:
     order = {node.name: at for at, node in enumerate(graph.nodes)}
     held = [each for each in sharded.values if each[0] in order]
     values = tuple(sorted(held, key=lambda each: order[each[0]]))
-    module = fx.GraphModule(sharded.graph_module, graph)
+    module = _make_graph_module(sharded.graph_module, graph)
     return replace(sharded, graph_module=module, origins=origins, values=values)
 
 

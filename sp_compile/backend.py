@@ -8,10 +8,12 @@ A graph with nothing to shard, a world of one rank, and no process group at all 
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
@@ -20,11 +22,15 @@ import torch.distributed as dist
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext
+from torch._ops import OpOverload
 from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
 
+from .canonicalize import STATE
 from .capture import CapturedGraph, capture
 from .config import SequenceParallelConfig
 from .debug import log_summary, record, record_unsharded
@@ -35,6 +41,7 @@ from .guard import guard_graph
 from .ops import LOWERING_VERSION
 from .passes import find_attention, find_mixers, insert_collectives, outline_experts, pack_exchanges, propagate
 from .plan import AttentionSite, Fallback, LeavingOutput, ShardedGraph, ShardingPlan, SiteOperand
+from .rule import TensorSpec
 from .rules import stays_whole
 from .sharded_input import ShardedInput
 from .sharding import Sharded, block_rows, size_of, whole_layout
@@ -167,10 +174,31 @@ class PlannedGraph:
     """What each pass took."""
 
 
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """What a pass makes stays: a collection walks all the graphs of the process for nothing, a third of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@_without_collection()
 def plan_graph(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: SequenceParallelConfig, group_name: str, parts: int
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: SequenceParallelConfig,
+    group_name: str,
+    parts: int,
+    values_apart: bool = False,
 ) -> PlannedGraph:
-    """The passes, in their order, for P = `parts`. Raises `CaptureError`."""
+    """The passes, in their order, for P = `parts`. Raises `CaptureError`.
+
+    `values_apart`: the local values lie in memory as they will, for `peak_activation_bytes`; it takes its time.
+    """
     clock = _Clock()
     captured = clock.time("capture", capture, gm, example_inputs, stays_whole)
     rules = GraphRules(captured.graph_module.graph, captured.replicated)
@@ -186,7 +214,7 @@ def plan_graph(
         outputs = config.output_kinds(captured.output_names)
         arguments = (module, rules, plan, group_name, config, outputs)
         unpacked = clock.time("insert_collectives", insert_collectives, *arguments)
-        clock.time("local_values", _set_local_values, unpacked.graph_module, captured, cut, parts)
+        clock.time("local_values", _set_local_values, unpacked.graph_module, captured, cut, parts, values_apart)
         sharded = clock.time("pack_exchanges", pack_exchanges, unpacked)
     return PlannedGraph(captured, rules, sites, mixers, plan, unpacked, sharded, clock.seconds)
 
@@ -319,15 +347,33 @@ def _cache_key_tag(group: dist.ProcessGroup) -> str:
 
 
 def _set_local_values(
-    module: fx.GraphModule, captured: CapturedGraph, cut: Mapping[fx.Node, Sharded], parts: int
+    module: fx.GraphModule, captured: CapturedGraph, cut: Mapping[fx.Node, Sharded], parts: int, apart: bool
 ) -> None:
-    """Write the local value of every node to `meta["val"]`, for whoever prints the graph."""
+    """Write the local value of every node to `meta["val"]`, for whoever prints the graph.
+
+    The layers of a model make the same calls: those share one value, unless values are to lie `apart` in memory.
+    """
     mode = next((x.fake_mode for x in captured.inputs if hasattr(x, "fake_mode")), None) or FakeTensorMode()
+    known: dict[Any, Any] = {}
 
     class Propagate(fx.Interpreter):
         def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
             value = super().get_attr(target, args, kwargs)
             return mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if target in STATE:
+                known.clear()  # what autocast changes
+            if apart or not isinstance(target, OpOverload):
+                return super().call_function(target, args, kwargs)
+            leaves, structure = pytree.tree_flatten((args, kwargs))
+            call = target, structure, *map(_described, leaves)
+            if call not in known:
+                result = super().call_function(target, args, kwargs)
+                if any(free_unbacked_symbols(x) for x in pytree.tree_leaves(result)):
+                    return result  # a size that is its own
+                known[call] = result
+            return known[call]
 
         def run_node(self, node: fx.Node) -> Any:
             result = super().run_node(node)
@@ -345,6 +391,15 @@ def _set_local_values(
                 inputs[index] = value.new_empty([*value.shape[:dim], rows, *value.shape[dim + 1 :]])
         Propagate(module).run(*inputs, torch.zeros(1, dtype=torch.int64))
     torch.set_grad_enabled(grad_mode)
+
+
+def _described(value: Any) -> Any:
+    """What an argument of a call is known by; a tensor by what it looks like."""
+    if isinstance(value, Tensor):
+        return TensorSpec.of(value), tuple(map(size_of, value.stride()))
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value.node.expr  # to look up a number that data will tell is an error
+    return type(value), value
 
 
 def _device(example_inputs: Sequence[Any]) -> torch.device:

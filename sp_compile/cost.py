@@ -23,6 +23,7 @@ Symbolic sizes count as they were at compile time.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ from .graph import GraphRules, operand_nodes
 from .links import Links
 from .ops import AnyExchange, GatherExchange, KVExchange, read_exchange
 from .plan import ShardingPlan
-from .rule import argument_defaults, called_module
+from .rule import TensorSpec, argument_defaults, called_module
 from .rules.grouped import PRODUCTS
 from .sharding import GroupedHeads, Placement, Replicated, Sharded
 
@@ -352,23 +353,32 @@ def contraction_flops(node: fx.Node) -> int:
     if not isinstance(target, torch._ops.OpOverload) or target.namespace == "sp" or not operand_nodes(node):
         return 0
     if target.name() in PRODUCTS:
-        return _grouped_mm(*(_like(operand.meta["val"]).shape for operand in operand_nodes(node)[:2]))
+        left, right = ([_int(size) for size in operand.meta["val"].shape] for operand in operand_nodes(node)[:2])
+        return _grouped_mm(left, right)
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
     if not composite and target.overloadpacket not in flop_registry:
         return 0
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: _like(operand.meta["val"]))
+    arguments = fx.node.map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
+    leaves, structure = pytree.tree_flatten(arguments)
+    return _counted(target, structure, tuple(map(_on_meta, leaves)))
+
+
+def _on_meta(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return TensorSpec(tuple(map(_int, leaf.shape)), leaf.dtype, torch.device("meta"))
+    if isinstance(leaf, torch.SymFloat):
+        return 1.0  # a scale: it changes no count, and to look it up would be a guard
+    return _int(leaf) if isinstance(leaf, torch.SymInt) else leaf
+
+
+@functools.lru_cache(maxsize=1024)
+def _counted(target: torch._ops.OpOverload, structure: pytree.TreeSpec, leaves: tuple[Any, ...]) -> int:
+    """The layers of a model make the same calls."""
+    made = [torch.empty(x.shape, dtype=x.dtype, device=x.device) if isinstance(x, TensorSpec) else x for x in leaves]
+    args, kwargs = pytree.tree_unflatten(made, structure)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         target(*args, **{name: "meta" if name == "device" else value for name, value in kwargs.items()})
     return int(counter.get_total_flops())
-
-
-def _like(value: Any) -> Any:
-    def on_meta(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor):
-            return torch.empty([_int(size) for size in leaf.shape], dtype=leaf.dtype, device="meta")
-        return _int(leaf) if isinstance(leaf, torch.SymInt) else leaf
-
-    return pytree.tree_map(on_meta, value)
 
 
 # Memory

@@ -1,6 +1,7 @@
 """The one family of errors that this library raises, and the line of the user's file that their texts name."""
 
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -61,9 +62,15 @@ _TORCH = str(Path(torch.__file__).parent)
 
 def user_line(node: Node) -> str:
     """`file.py:12 in forward: y = f(x)`: the innermost frame of `node` outside torch."""
-    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    return _innermost(node.meta.get("stack_trace") or "") or f"node {node.name}"
+
+
+@lru_cache(maxsize=4096)
+def _innermost(stack_trace: str) -> str:
+    """Many nodes, of all layers of a model, share a trace. Empty: no frame."""
+    frames = list(_FRAME.finditer(stack_trace))
     if not frames:
-        return f"node {node.name}"
+        return ""
     frame = next((f for f in reversed(frames) if not f["file"].startswith(_TORCH)), frames[-1])
     place = f"{Path(frame['file']).name}:{frame['line']} in {frame['function']}"
     return f"{place}: {frame['code'].strip()}"

@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from operator import getitem
 
-import sympy
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
@@ -17,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .rule import Op, OpCall, OpShardingRule, TensorSpec, called_module, in_order
 from .rules import has_rule, rule_for
-from .sharding import Size
+from .sharding import Size, product
 
 
 @contextmanager
@@ -72,18 +71,28 @@ class GraphRules:
         self.graph = graph
         self.replicated = frozenset(replicated)
         self._rules: dict[fx.Node, OpShardingRule | None] = {}
+        self._calls: dict[fx.Node, OpCall] = {}
+        self._operands: dict[fx.Node, tuple[fx.Node, ...]] = {}
 
     def rule(self, node: fx.Node) -> OpShardingRule | None:
         """The op sharding rule of a node; None if it has to run on whole values."""
         if node not in self._rules:
             is_op = op_of(node) is not None and node not in self.replicated
             known = is_op and self.operands(node) and node.meta.get("val") is not None
-            self._rules[node] = rule_for(OpCall.of_node(node)) if known and not self.sized_by_data(node) else None
+            self._rules[node] = rule_for(self.call(node)) if known and not self.sized_by_data(node) else None
         return self._rules[node]
+
+    def call(self, node: fx.Node) -> OpCall:
+        """The call of a node that has operands, as its rule sees it."""
+        if node not in self._calls:
+            self._calls[node] = OpCall.of_node(node)
+        return self._calls[node]
 
     def operands(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The tensor operands of a node, as in its rule."""
-        return operand_nodes(node)
+        if node not in self._operands:
+            self._operands[node] = operand_nodes(node)
+        return self._operands[node]
 
     def sized_by_data(self, node: fx.Node) -> bool:
         """Whether a size of an operand or result is read from a tensor: it is unknown until then, and may be 0."""
@@ -97,7 +106,7 @@ class GraphRules:
     def bytes(self, node: fx.Node) -> int:
         """The size of a node's whole value in bytes; symbolic sizes count as they were when the graph was made."""
         value = node.meta["val"]
-        count = self.hint(sympy.Mul(*self.shape(node)))
+        count = self.hint(product(self.shape(node)))
         return count * int(value.element_size())
 
     def hint(self, size: Size) -> int:

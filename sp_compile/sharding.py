@@ -118,12 +118,12 @@ class Layout:
     @property
     def size(self) -> Size:
         """The global size, `outer` included."""
-        return product([self.outer, size_of(sympy.Add(*(s.size for s in self.segments)))])
+        return product([self.outer, sum(s.size for s in self.segments)])
 
     def local_size(self, parts: int) -> Size:
         """The size on each of `parts` ranks, padding included."""
         blocks = [block_size(segment.span, segment.granule, parts) for segment in self.segments]
-        return product([self.outer, size_of(sympy.Add(*blocks))])
+        return product([self.outer, sum(blocks)])
 
     def is_even(self, parts: int) -> bool:
         """Whether it is known that no rank holds padding."""
@@ -150,6 +150,8 @@ class Layout:
 
     def scaled(self, left: Size, right: Size) -> Layout:
         """The layout of `(left this right)`, this being one factor of a larger dimension."""
+        if left == right == 1:
+            return self
         segments = (Segment(*(product([x, right]) for x in _fields(s))) for s in self.segments)
         return Layout(tuple(segments), product([left, self.outer]))
 
