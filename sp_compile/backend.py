@@ -193,12 +193,8 @@ def plan_graph(
     config: SequenceParallelConfig,
     group_name: str,
     parts: int,
-    values_apart: bool = False,
 ) -> PlannedGraph:
-    """The passes, in their order, for P = `parts`. Raises `CaptureError`.
-
-    `values_apart`: the local values lie in memory as they will, for `peak_activation_bytes`; it takes its time.
-    """
+    """The passes, in their order, for P = `parts`. Raises `CaptureError`."""
     clock = _Clock()
     captured = clock.time("capture", capture, gm, example_inputs, stays_whole)
     rules = GraphRules(captured.graph_module.graph, captured.replicated)
@@ -214,7 +210,7 @@ def plan_graph(
         outputs = config.output_kinds(captured.output_names)
         arguments = (module, rules, plan, group_name, config, outputs)
         unpacked = clock.time("insert_collectives", insert_collectives, *arguments)
-        clock.time("local_values", _set_local_values, unpacked.graph_module, captured, cut, parts, values_apart)
+        clock.time("local_values", _set_local_values, unpacked.graph_module, captured, cut, parts)
         sharded = clock.time("pack_exchanges", pack_exchanges, unpacked)
     return PlannedGraph(captured, rules, sites, mixers, plan, unpacked, sharded, clock.seconds)
 
@@ -347,14 +343,17 @@ def _cache_key_tag(group: dist.ProcessGroup) -> str:
 
 
 def _set_local_values(
-    module: fx.GraphModule, captured: CapturedGraph, cut: Mapping[fx.Node, Sharded], parts: int, apart: bool
+    module: fx.GraphModule, captured: CapturedGraph, cut: Mapping[fx.Node, Sharded], parts: int
 ) -> None:
     """Write the local value of every node to `meta["val"]`, for whoever prints the graph.
 
-    The layers of a model make the same calls: those share one value, unless values are to lie `apart` in memory.
+    The layers of a model make the same calls, which are made once.
     """
     mode = next((x.fake_mode for x in captured.inputs if hasattr(x, "fake_mode")), None) or FakeTensorMode()
     known: dict[Any, Any] = {}
+
+    def storages(values: Sequence[Any]) -> set[int]:
+        return {value.untyped_storage()._cdata for value in values if isinstance(value, Tensor)}
 
     class Propagate(fx.Interpreter):
         def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -364,16 +363,18 @@ def _set_local_values(
         def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
             if target in STATE:
                 known.clear()  # what autocast changes
-            if apart or not isinstance(target, OpOverload):
+            if not isinstance(target, OpOverload):
                 return super().call_function(target, args, kwargs)
             leaves, structure = pytree.tree_flatten((args, kwargs))
             call = target, structure, *map(_described, leaves)
-            if call not in known:
-                result = super().call_function(target, args, kwargs)
-                if any(free_unbacked_symbols(x) for x in pytree.tree_leaves(result)):
-                    return result  # a size that is its own
+            if call in known:
+                return pytree.tree_map_only(Tensor, lambda x: x.new_empty_strided(x.shape, x.stride()), known[call])
+            result = super().call_function(target, args, kwargs)
+            made = pytree.tree_leaves(result)
+            # Not so a view, which has the memory of its operand, nor a size that is its own.
+            if storages(leaves).isdisjoint(storages(made)) and not any(map(free_unbacked_symbols, made)):
                 known[call] = result
-            return known[call]
+            return result
 
         def run_node(self, node: fx.Node) -> Any:
             result = super().run_node(node)

@@ -203,7 +203,7 @@ def _explain_graph(
 ) -> _Explained:
     ends = _break(gm)
     try:
-        planned = plan_graph(gm, example_inputs, config, group, parts, values_apart=True)
+        planned = plan_graph(gm, example_inputs, config, group, parts)
     except CaptureError as error:
         return _Explained(Graph(name, f"it cannot be captured: {error}", ends, [], [], [], [], []))
     nodes, plan = planned.rules.graph.nodes, planned.plan

@@ -56,7 +56,7 @@ def calls_of_passes(layers: int, parts: int = 2) -> dict[str, int]:
     model = nn.Sequential(*(Layer() for _ in range(layers)))
     with fake_world(parts), patch.object(backend._Clock, "time", count):
         torch.compile(model, backend=plan, fullgraph=True)(torch.randn(1, 128, HEADS))
-    assert calls.keys() == PASSES
+    assert calls.keys() == {*PASSES, "outline_experts"}  # which finds nothing to do here
     return calls
 
 
