@@ -56,7 +56,8 @@ from sp_compile.functional import gather_heads_scatter_seq, gather_seq_scatter_h
 
 TOLERANCE = 1e-4
 CEILING = "ceiling"
-M_MMAP_THRESHOLD = -3  # of malloc.h
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of malloc.h
+LEAST_KEPT, MOST_KEPT = 2**17, 2**25
 
 
 # The model, and how it is written by hand
@@ -198,6 +199,7 @@ def all_reduced(x: Tensor) -> Tensor:
 @dataclass
 class Variant:
     name: str
+    model: nn.Module
     step: Callable[[], Tensor]
     alone: bool = False
     """Only rank 0 runs it."""
@@ -255,10 +257,15 @@ def reset_peak() -> None:
         clear.write("5")
 
 
-def give_back_at_once() -> None:
-    """From now on freed tensors leave the process, so that its size is what is in use; it takes time."""
+def keep_freed(kept: int) -> None:
+    """Give what is freed back at once if it is larger, so that the size of the process is what is in use.
+
+    That takes time: steps are timed with `MOST_KEPT`, which malloc comes to by itself.
+    """
     if not torch.cuda.is_available():
-        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**17)
+        malloc = ctypes.CDLL("libc.so.6")
+        malloc.mallopt(M_MMAP_THRESHOLD, kept)
+        malloc.mallopt(M_TRIM_THRESHOLD, 2 * kept)
 
 
 def peak_of(step: Callable[[], Tensor]) -> int:
@@ -285,8 +292,8 @@ def training_step(model: nn.Module, call: Callable[..., Any], args: tuple[Any, .
     return loss.detach()
 
 
-def variants(options: argparse.Namespace, length: int, group: CountingGroup) -> tuple[list[Variant], list[nn.Module]]:
-    """What to time, and the models whose gradients have to agree: the first is that of one device."""
+def variants(options: argparse.Namespace, length: int, group: CountingGroup) -> list[Variant]:
+    """What to time, one device first."""
     rank, parts = dist.get_rank(), dist.get_world_size()
 
     def made() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
@@ -294,11 +301,10 @@ def variants(options: argparse.Namespace, length: int, group: CountingGroup) -> 
         return make(options, length)
 
     def variant(name: str, model: nn.Module, call: Callable[..., Any], **kind: bool) -> Variant:
-        return Variant(name, partial(training_step, model, call, args, kwargs), **kind)
+        return Variant(name, model, partial(training_step, model, call, args, kwargs), **kind)
 
     model, args, kwargs = made()
     found = [variant("one device", model, torch.compile(model, dynamic=False), alone=True)]
-    checked = [model]
     if isinstance(model, Transformer):
         for name, compiles, sends in (
             (CEILING, True, False),
@@ -313,10 +319,9 @@ def variants(options: argparse.Namespace, length: int, group: CountingGroup) -> 
                 call = DistributedDataParallel(call)
                 call.register_comm_hook(group, counted_average)
             found.append(variant(name, twin, call, whole=False))
-            checked += [twin] if sends else []
     ours, _, _ = made()
     found.append(variant("sp_backend", ours, torch.compile(ours, backend=sp_backend, dynamic=False)))
-    return found, [*checked, ours]
+    return found
 
 
 def make(options: argparse.Namespace, length: int) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
@@ -355,28 +360,27 @@ def run(variant: Variant) -> tuple[float, Tensor | None]:
 def measure(options: argparse.Namespace, length: int, group: CountingGroup) -> tuple[list[Variant], float]:
     """The variants, timed, and the largest error of a loss, or of a gradient, relative to that of one device."""
     torch._dynamo.reset()
-    timed, models = variants(options, length, group)
+    timed = variants(options, length, group)
+    keep_freed(LEAST_KEPT)
     for each in tqdm(timed, desc=f"S = {length}: compiling", disable=dist.get_rank() > 0, leave=False):
         each.first, each.loss = run(each)
-    errors = [relative(models[0], other) for other in models[1:]]
-    errors += [error_of_loss(timed[0], each) for each in timed[1:] if each.name != CEILING]
+    errors = []
+    for each in timed[1:]:
+        if each.name != CEILING:
+            errors += [relative(timed[0].model, each.model), error_of_loss(timed[0], each)]
     for each in timed:
         group.launches, group.received = 0, 0.0
         run(each)
         each.launches, each.received = group.launches, group.received
-    for _ in tqdm(range(options.rounds), desc=f"S = {length}", disable=dist.get_rank() > 0, leave=False):
-        for each in timed:
-            each.seconds.append(run(each)[0])
-    give_back_at_once()
-    for each in timed:
-        for model in models:
-            model.zero_grad()
-        run(each)
-        for model in models:
-            model.zero_grad()
+        for other in timed:
+            other.model.zero_grad()
         dist.barrier()
         if dist.get_rank() == 0 or not each.alone:
             each.peak = peak_of(each.step)
+    keep_freed(MOST_KEPT)
+    for _ in tqdm(range(options.rounds), desc=f"S = {length}", disable=dist.get_rank() > 0, leave=False):
+        for each in timed:
+            each.seconds.append(run(each)[0])
     return timed, max(errors)
 
 
@@ -414,9 +418,8 @@ def table(timed: list[Variant]) -> str:
     alone = statistics.median(timed[0].seconds)
     rows = []
     for each in timed:
-        low, median, high = statistics.quantiles(
-            [1e3 * s for s in each.seconds * (2 if len(each.seconds) == 1 else 1)], n=4
-        )
+        times = [1e3 * seconds for seconds in each.seconds]
+        low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else 3 * times
         ratio, spread = 1e3 * alone / median, f"{low:.0f} to {high:.0f}"
         peak = f"{each.peak / 2**20:.0f} ({each.peak / max(timed[0].peak, 1):.2f})"
         moved = f"{each.received / 2**20:.1f}"

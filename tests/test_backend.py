@@ -503,6 +503,29 @@ def test_an_opaque_part_is_refused_or_runs_whole() -> None:
         run_simulated(module, (tokens(1, 7, 12),), parts=3, options={"strict": True})
 
 
+class Mixture(nn.Module):
+    """An expert for each token, by torch's own `grouped_mm`, which is of bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.up, self.router = Block(3).double(), nn.Linear(12, 16).double(), nn.Linear(12, 4).double()
+        self.experts = nn.Parameter(torch.randn(4, 16, 16, dtype=torch.bfloat16) / 4)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.block(x).flatten(0, 1)
+        ids = self.router(y).argmax(-1)
+        order = ids.argsort()
+        ends = torch.histc(ids.float(), bins=4, min=0, max=3).cumsum(0, dtype=torch.int32)
+        rows = F.grouped_mm(self.up(y).bfloat16()[order], self.experts, offs=ends)
+        return rows[order.argsort()].double().view(*x.shape[:2], 16)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_grouped_mm_of_torch_runs_by_rows(parts: int) -> None:
+    (graph,) = assert_equivalent(Mixture(), (tokens(2, 7, 12),), parts=parts, tolerance=2e-2)
+    assert collectives(graph) == [*LAYER, "gather_output_0"] and not graph.plan.fallbacks
+
+
 # Activation checkpointing
 
 

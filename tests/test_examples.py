@@ -71,7 +71,7 @@ def test_the_benchmark_refuses_what_differs() -> None:
     for model in (alone, other):
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
-    one, two = (benchmark.Variant(name, lambda: None, loss=torch.tensor(2.0)) for name in ("one", "two"))
+    one, two = (benchmark.Variant(name, alone, lambda: None, loss=torch.tensor(2.0)) for name in ("one", "two"))
     with fake_world(1):
         assert benchmark.relative(alone, other) == benchmark.error_of_loss(one, two) == 0
         for wrong in (1.001, float("nan")):
