@@ -511,10 +511,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 # The runner
 
 
-def run(name: str, programs: str) -> tuple[Counter[str], int, float]:
+def run(name: str, programs: str, first: bool) -> tuple[Counter[str], int, float]:
     """The failures by test file, the number of tests, and the seconds, with this mutant ("": none)."""
     command = [sys.executable, "-m", "pytest", "-p", "tests.mutants", "-p", "no:cacheprovider", "-n", "2", "-q"]
     command += ["--tb=no", "-rfE", "--show-capture=no", "-k", SLOWER, *TESTS]
+    command += ["--maxfail", "1"] if first else []
     started = time.monotonic()
     made = subprocess.run(
         command, env={**os.environ, "SP_MUTANT": name, "SP_MUTANT_PROGRAMS": programs}, capture_output=True, text=True
@@ -530,12 +531,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="mutants (by a part of the name); all if none are given")
     parser.add_argument("--all", action="store_true", help="run all programs and rules, not the sensitive ones")
+    parser.add_argument("--first", action="store_true", help="stop each at the first test that fails")
     options = parser.parse_args()
     chosen = [name for name in MUTANTS if not options.names or any(part in name for part in options.names)]
     files = list(dict.fromkeys(re.findall(r"test_(\w+)\.py", " ".join(TESTS))))
     rows, survivors = [], []
     for name in ["", *chosen]:
-        failed, count, seconds = run(name, "all" if options.all else "some")
+        failed, count, seconds = run(name, "all" if options.all else "some", options.first)
         rows.append([name or "(nothing broken)", failed.total(), count, *(failed[file] for file in files), seconds])
         print(f"{rows[-1][0]}: {failed.total()} of {count} failed, {seconds:.0f} s", file=sys.stderr, flush=True)
         if bool(failed) != bool(name):
