@@ -33,6 +33,7 @@ aten = torch.ops.aten
 _SORTS = (aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort.stable)
 _VIEWS = (aten.reshape.default, aten.squeeze.dim, aten.unsqueeze.default, aten.flatten.using_ints)
 _SHAPED = (aten.reshape.default, aten.expand.default)
+_INTEGERS = (torch.int32, torch.int64)
 _NEW = (aten.empty_like.default, aten.zeros_like.default, aten.new_empty.default, aten.new_zeros.default)
 _NOT_NEGATIVE = (aten.topk.default, aten.argmax.default, aten.argmin.default)
 """The last result of each is an index."""
@@ -69,7 +70,7 @@ def _sorts_groups(rules: GraphRules, sort: Node) -> bool:
     ids, given = sort.args[0], _arguments(sort)
     if not isinstance(ids, Node) or len(rules.shape(ids)) != 1 or given["descending"]:
         return False
-    while ids.target in _VIEWS:
+    while ids.target in _VIEWS or (ids.target is aten._to_copy.default and ids.meta["val"].dtype in _INTEGERS):
         ids = ids.args[0]
         assert isinstance(ids, Node)
     source, result = source_of(ids)
@@ -151,8 +152,7 @@ class _Reading:
 
     def _read_cast(self, node: Node) -> None:
         value: Tensor = node.meta["val"]
-        exact = not value.is_floating_point() or value.dtype in (torch.float32, torch.float64)
-        if node.args[0] in self.labels and exact:
+        if node.args[0] in self.labels and value.dtype in (*_INTEGERS, torch.float32, torch.float64):
             self.labels.add(node)
 
     def _read_division(self, node: Node) -> None:
@@ -240,7 +240,8 @@ class _Reading:
         return _is_by_rows(rule, [operand in self.grouped for operand in operands]) and _keeps_length(node)
 
     def part(self, result: Node) -> list[Node]:
-        """The nodes that make a result, in the order of the graph; none if it is not of its own rows alone."""
+        """The nodes that make a result, in the order of the graph; none if it is not of its own rows alone, or if what
+        is computed in between is also used elsewhere: it would be computed twice."""
         inside = {*self.order, *self.inverse, *self.sizes, *self.ends, *self.grouped, *self.labels} - {self.ids}
         found, waiting = {result}, [result]
         while waiting:
@@ -250,7 +251,8 @@ class _Reading:
                 found |= new
                 waiting += new
         whole = {operand for node in found & self.by_rows for operand in node.all_input_nodes} - self.grouped
-        return sorted(found, key=self.rules.position) if whole.isdisjoint(self.rows) else []
+        readers = {user for node in found & self.by_rows for user in node.users if user.target not in _NEW}
+        return sorted(found, key=self.rules.position) if whole.isdisjoint(self.rows) and readers <= found else []
 
     def needed(self, node: Node) -> list[Node]:
         """What a node of the part is made of."""

@@ -29,7 +29,7 @@ from torch._ops import OpOverload
 import sp_compile  # noqa: F401  (registers everything that is patched here)
 from sp_compile import ops
 from sp_compile.rule import Body, OpCall, OpShardingRule
-from sp_compile.rules import registry
+from sp_compile.rules import grouped, registry
 from sp_compile.sharding import Sharded
 
 aten = torch.ops.aten
@@ -56,7 +56,7 @@ PROGRAMS = frozenset([
     "tied_loss", "weights_of_padded_rows", "no_grad_region", "weight_first_used_without_gradient",
     "convolution_of_equal_length", "all_but_the_first", "rows_that_are_cut_off_are_zero",
     "experts_sorted_and_back", "experts_that_look_at_neighbours", "experts_with_places_for_some",
-    "experts_by_the_counts_of_others", "experts_from_the_last",
+    "experts_by_the_counts_of_others", "experts_with_a_gate_of_each_sample", "experts_from_the_last",
     "param_both", "adaln", "kl_divergences", "mixer", "reciprocal_of_positions",
 ])
 OVERLOADS = frozenset(
@@ -470,6 +470,17 @@ def _() -> AbstractContextManager[Any]:
 @mutant("grouped rows: any op keeps to its rows")
 def _() -> AbstractContextManager[Any]:
     return patch.object(grouping._Reading, "_keeps_rows", lambda reading, node: True)
+
+
+@mutant("grouped rows: cut within what a row stands for")
+def _() -> AbstractContextManager[Any]:
+    fit = grouped.fit
+
+    def any_factor(*args: Any, need_replication: frozenset[str], **rest: Any) -> OpShardingRule:
+        rule: OpShardingRule = fit(*args, need_replication=need_replication - {"k"}, **rest)
+        return rule
+
+    return patch.object(grouped, "fit", any_factor)
 
 
 @mutant("grouped rows: in any order")

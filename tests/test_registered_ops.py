@@ -277,7 +277,7 @@ def test_the_packed_attention_of_torch(kv: int, parts: int) -> None:
         torch.compile(body, backend=partial(sp_backend, options={"inner_backend": keep}))(*inputs)
     graph = rewritten_graphs()[-1]
     assert [site.strategy for site in graph.plan.sites] == ["ulysses"] and not graph.plan.fallbacks
-    assert collectives(graph)[-3:-2] == ["all_to_all_packed"]
+    assert collectives(graph)[-3].startswith("all_to_all_packed")
     (node,) = rewritten[0].graph.find_nodes(op="call_function", target=torch.ops.torch_attn._varlen_attn.default)
     assert [value.shape for value in node.meta["val"][:2]] == [(13, -(-6 // parts), 4), (-(-6 // parts), 13)]
 

@@ -48,4 +48,6 @@ def grouped_rule(call: OpCall) -> OpShardingRule | None:
         return [factors(sizes, "t", "k") if rows == 1 else factors(sizes, "t"), *own[1:]] if rows else own
 
     made = [dims(at) for at in range(len(specs))]
+    # Which of k rows a token stands for is counted in the part: `order // k`, of all k.
+    whole |= {"k"} if each != 1 and tokens != 1 else set()
     return fit(call, made[:-1], made[-1:], sizes, need_replication=frozenset(whole))

@@ -86,6 +86,15 @@ def experts_counted_for_a_loss(m: Parts, x: Tensor) -> Any:
     return out, (counts * m.bias[:1]).sum() * weights.mean()
 
 
+@program(X, whole=True)
+def experts_whose_rows_are_read_twice(m: Parts, x: Tensor) -> Any:
+    """Their size is that of all rows, so that they are computed whole, and once."""
+    tokens, weights, ids = routed(m, x)
+    order = ids.argsort(stable=True)
+    rows = grouped(m, tokens[order // USES], ends_of(ids)) * weights[order, None]
+    return (rows / rows.abs().amax())[undone(order)].view(*x.shape[:2], USES, 12).sum(2), rows.square().mean()
+
+
 # What is not by rows: right, on gathered values
 
 
@@ -153,3 +162,35 @@ def experts_half_undone(m: Parts, x: Tensor) -> Any:
     order = ids.argsort(stable=True)
     rows = grouped(m, tokens[order // USES], ends_of(ids)) * weights[order, None]
     return tokens.view(2, -1, 12) + rows[order].view(*x.shape[:2], USES, 12).sum(2)
+
+
+@program(X, whole=True)
+def experts_with_a_gate_of_each_sample(m: Parts, x: Tensor) -> Any:
+    """A row of the gate stands for all the tokens of its sample, of which a rank has some."""
+    y = m.block(x)
+    tokens, gate = y.flatten(0, 1), m.mod(y.mean(1))[:, :12]
+    weights, ids = m.head(tokens)[:, :EXPERTS].softmax(-1).max(-1)
+    order = ids.argsort(stable=True)
+    rows = grouped(m, tokens[order], ends_of(ids)) * weights[order, None] * gate[order // x.shape[1]]
+    return y + rows[undone(order)].view(x.shape)
+
+
+@program((2, 12, 12), parts=3, whole=True)
+def experts_with_a_gate_of_each_sample_by_argmax(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    tokens, gate = y.flatten(0, 1), m.mod(y.mean(1))[:, :12]
+    ids = m.head(tokens)[:, :EXPERTS].argmax(-1)
+    order = ids.int().argsort(stable=True)
+    rows = grouped(m, tokens[order], ends_of(ids)) * gate[order // x.shape[1]]
+    return y + rows[undone(order)].view(x.shape)
+
+
+@program(X, whole=True)
+def experts_with_a_bias_of_each_choice(m: Parts, x: Tensor) -> Any:
+    """Choices before tokens: one bias for all first choices, one for all second ones."""
+    tokens = m.block(x).flatten(0, 1)
+    weights, ids = m.head(tokens)[:, :EXPERTS].softmax(-1).topk(USES, -1)
+    ids, weights = ids.T.reshape(-1), weights.T.reshape(-1)
+    order = ids.argsort(stable=True)
+    rows = grouped(m, tokens.repeat(USES, 1)[order], ends_of(ids)) + m.table.weight[:USES][order // tokens.shape[0]]
+    return tokens + (rows * weights[order, None])[undone(order)].view(USES, -1, 12).sum(0)
