@@ -370,9 +370,10 @@ def _set_local_values(
             if call in known:
                 return pytree.tree_map_only(Tensor, lambda x: x.new_empty_strided(x.shape, x.stride()), known[call])
             result = super().call_function(target, args, kwargs)
-            made = pytree.tree_leaves(result)
-            # Not so a view, which has the memory of its operand, nor a size that is its own.
-            if storages(leaves).isdisjoint(storages(made)) and not any(map(free_unbacked_symbols, made)):
+            made = [value for value in pytree.tree_leaves(result) if isinstance(value, Tensor)]
+            # Not so a view, of an operand or of a buffer that several share, nor a size that is its own.
+            apart = len(storages(made)) == len(made) and storages(made).isdisjoint(storages(leaves))
+            if apart and not any(map(free_unbacked_symbols, made)):
                 known[call] = result
             return result
 
