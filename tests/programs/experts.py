@@ -169,7 +169,8 @@ def experts_with_a_gate_of_each_sample(m: Parts, x: Tensor) -> Any:
     """A row of the gate stands for all the tokens of its sample, of which a rank has some."""
     y = m.block(x)
     tokens, gate = y.flatten(0, 1), m.mod(y.mean(1))[:, :12]
-    weights, ids = m.head(tokens)[:, :EXPERTS].softmax(-1).max(-1)
+    scores = m.head(tokens)[:, :EXPERTS].softmax(-1)
+    weights, ids = scores.amax(-1), scores.argmax(-1)
     order = ids.argsort(stable=True)
     rows = grouped(m, tokens[order], ends_of(ids)) * weights[order, None] * gate[order // x.shape[1]]
     return y + rows[undone(order)].view(x.shape)
