@@ -22,9 +22,9 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from sp_compile.canonicalize import STATE
+from sp_compile.canonicalize import STATE, has_effect
 from sp_compile.graph import GraphRules, is_tensor, source_of
-from sp_compile.rule import OpShardingRule, argument_defaults, factors_of
+from sp_compile.rule import OpShardingRule, factors_of, named_arguments
 from sp_compile.rules.grouped import PRODUCTS, GroupedRows
 from sp_compile.sharding import Size, product
 
@@ -52,7 +52,7 @@ def outline_experts(module: fx.GraphModule, rules: GraphRules) -> bool:
                 _outline(module, reading, result, part, f"grouped_rows_{count}")
                 count += 1
     if count:
-        graph.eliminate_dead_code()
+        graph.eliminate_dead_code(has_effect)
         graph.lint()
         module.recompile()
     return count > 0
@@ -61,8 +61,7 @@ def outline_experts(module: fx.GraphModule, rules: GraphRules) -> bool:
 def _arguments(node: Node) -> dict[str, Any]:
     """The arguments of a call by name."""
     assert isinstance(node.target, OpOverload)
-    defaults = argument_defaults(node.target)
-    return {**defaults, **dict(zip(defaults, node.args, strict=False)), **node.kwargs}
+    return named_arguments(node.target, node.args, node.kwargs)
 
 
 def _sorts_groups(rules: GraphRules, sort: Node) -> bool:

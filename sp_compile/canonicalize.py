@@ -82,7 +82,7 @@ def canonical(
     for position, i in returned.items():
         outputs[position] = placeholders[i]
     graph.output(tuple(outputs)).meta = dict(gm.graph.output_node().meta)
-    graph.eliminate_dead_code(_has_effect)
+    graph.eliminate_dead_code(has_effect)
     graph.lint()
     return GraphModule(traced, graph)
 
@@ -170,7 +170,7 @@ def _drop_empty_operands(cat: Node) -> None:
             cat.target, cat.kwargs = aten._to_copy.default, {"dtype": value.dtype}
 
 
-def _has_effect(node: Node) -> bool:
+def has_effect(node: Node) -> bool:
     """Nodes that stay without a user. Dead random operators stay too: they draw numbers; opaque parts may."""
     if node.op != "call_function":
         return node.op != "get_attr"

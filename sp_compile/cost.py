@@ -39,7 +39,7 @@ from .graph import GraphRules, operand_nodes
 from .links import Links
 from .ops import AnyExchange, GatherExchange, KVExchange, read_exchange
 from .plan import ShardingPlan
-from .rule import TensorSpec, argument_defaults, called_module
+from .rule import TensorSpec, called_module, named_arguments
 from .rules.grouped import PRODUCTS
 from .sharding import GroupedHeads, Placement, Replicated, Sharded
 
@@ -253,9 +253,7 @@ def _seen(node: fx.Node) -> float:
     """The share of pairs of a query and a key that a causal attention computes; 1 for other ops."""
     if node.target is not aten.scaled_dot_product_attention.default:
         return 1.0
-    names = list(argument_defaults(node.target))
-    causal = names.index("is_causal")
-    if not (node.args[causal] if len(node.args) > causal else node.kwargs.get("is_causal", False)):
+    if not named_arguments(node.target, node.args, node.kwargs)["is_causal"]:
         return 1.0
     query, key = (_int(operand.meta["val"].shape[-2]) for operand in operand_nodes(node)[:2])
     seen = min(query, key)
@@ -366,8 +364,8 @@ def contraction_flops(node: fx.Node) -> int:
 def _on_meta(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
         return TensorSpec(tuple(map(_int, leaf.shape)), leaf.dtype, torch.device("meta"))
-    if isinstance(leaf, torch.SymFloat):
-        return 1.0  # a scale: it changes no count, and to look it up would be a guard
+    if isinstance(leaf, (torch.SymFloat, torch.SymBool)):
+        return 1.0 if isinstance(leaf, torch.SymFloat) else True  # it changes no count; to look it up would be a guard
     return _int(leaf) if isinstance(leaf, torch.SymInt) else leaf
 
 

@@ -62,6 +62,12 @@ def argument_defaults(op: Op) -> Mapping[str, Any]:
     return {name: None if each.default is each.empty else each.default for name, each in parameters}
 
 
+def named_arguments(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, with the defaults of those that are not given."""
+    defaults = argument_defaults(op)
+    return {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
+
+
 def in_order(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call with the keywords in the order of the op's; tensors in this order are its operands."""
     return tuple(args), {name: kwargs[name] for name in argument_defaults(op) if name in kwargs}
@@ -103,8 +109,7 @@ class OpCall:
     @staticmethod
     def of(target: Op, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> OpCall:
         """From values: tensors, fake tensors or numbers."""
-        defaults = argument_defaults(target)
-        given = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
+        given = named_arguments(target, args, kwargs)
         arguments = {name: pytree.tree_map_only(torch.Tensor, TensorSpec.of, value) for name, value in given.items()}
         operands, names = [], []
         for name, value in arguments.items():

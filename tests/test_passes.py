@@ -11,17 +11,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sp_compile import rewritten_graphs, sp_backend
+from sp_compile.canonicalize import SDPA_BACKENDS, has_effect
 from sp_compile.capture import capture
 from sp_compile.comparison import on_rank
 from sp_compile.config import SequenceParallelConfig
 from sp_compile.graph import GraphRules
-from sp_compile.passes import find_attention, find_mixers, insert_collectives, propagate
+from sp_compile.passes import find_attention, find_mixers, insert_collectives, outline_experts, propagate
 from sp_compile.plan import ShardingPlan
 from sp_compile.rules import stays_whole
 from sp_compile.sharding import REPLICATED, Sharded, whole_layout
 from sp_compile.simulation import fake_world, simulate
+
+from .programs import Parts
+from .programs.experts import USES, ends_of, grouped, routed
 
 B, H, S, D = 2, 3, 7, 4
 
@@ -360,3 +365,22 @@ def test_a_mask_of_positions_is_built_where_it_is_used(eager: bool) -> None:
         (14, 14)
     }  # each rank has heads of its own, and all pairs of rows
     assert masks_of("tril", eager, "all_gather_kv") == {(14, 14), (7, 14)}  # tril wants to know which rows it has
+
+
+def test_what_has_an_effect_stays_where_experts_are_outlined() -> None:
+    """A draw that nobody reads moves the generator; a mode has no users."""
+
+    def body(m: Parts, x: Tensor) -> Tensor:
+        torch.rand(3)
+        with sdpa_kernel(SDPBackend.MATH):
+            tokens, weights, ids = routed(m, x)
+        order = ids.argsort()
+        rows = grouped(m, tokens[order // USES], ends_of(ids)) * weights[order, None]
+        return tokens.index_add(0, order // USES, rows)
+
+    module, rules = rules_of(Parts(body), torch.randn(2, 7, 12, dtype=torch.float64))
+    before = [node.target for node in module.graph.nodes if has_effect(node)]
+    assert torch.ops.aten.rand.default in before and SDPA_BACKENDS in before
+    assert outline_experts(module, rules)
+    (experts,) = module.graph.find_nodes(op="call_module", target="grouped_rows_0")
+    assert [node.target for node in module.graph.nodes if has_effect(node) and node is not experts] == before

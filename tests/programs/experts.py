@@ -38,6 +38,11 @@ def undone(order: Tensor) -> Tensor:
     return inverse
 
 
+def mixed(tokens: Tensor, rows: Tensor, x: Tensor) -> Tensor:
+    """What its experts made of each token, summed and added to it: `[T, C]` and `[T k, C]` to `[B, S, C]`."""
+    return tokens.view(2, -1, 12) + rows.view(*x.shape[:2], USES, 12).sum(2)
+
+
 MOVES = {"all_to_all": 4, "gather_output": 1}
 
 
@@ -47,7 +52,7 @@ def experts_sorted_and_back(m: Parts, x: Tensor) -> Any:
     sorted_ids, order = ids.sort()
     rows = grouped(m, tokens[order // USES], ends_of(sorted_ids)) + m.table.weight[:EXPERTS][sorted_ids]
     rows = (rows.view(-1, 3, 4).flip(1).reshape(-1, 12) * weights[order].unsqueeze(-1))[undone(order)]
-    return tokens.view(2, -1, 12) + rows.view(*x.shape[:2], USES, 12).sum(2)
+    return mixed(tokens, rows, x)
 
 
 @program(X, moves=MOVES, dynamic=True)
@@ -55,7 +60,7 @@ def experts_of_any_length(m: Parts, x: Tensor) -> Any:
     tokens, weights, ids = routed(m, x)
     order = ids.argsort()
     rows = grouped(m, tokens[order // USES], ends_of(ids)) * weights[order].view(-1, 1).expand(-1, 12)
-    return tokens.view(2, -1, 12) + rows[order.argsort()].view(*x.shape[:2], USES, 12).sum(2)
+    return mixed(tokens, rows[order.argsort()], x)
 
 
 @program(X, moves=MOVES)
@@ -65,7 +70,7 @@ def experts_written_back(m: Parts, x: Tensor) -> Any:
     rows = grouped(m, tokens.repeat_interleave(USES, 0)[order], ends_of(ids)) * weights[order, None]
     out = torch.empty_like(rows)
     out[order] = rows
-    return tokens.view(2, -1, 12) + out.view(*x.shape[:2], USES, 12).sum(2)
+    return mixed(tokens, out, x)
 
 
 @program(X, moves=MOVES)
@@ -82,7 +87,7 @@ def experts_counted_for_a_loss(m: Parts, x: Tensor) -> Any:
     tokens, weights, ids = routed(m, x)
     order, counts = ids.argsort(), torch.histc(ids.float(), bins=EXPERTS, min=0, max=EXPERTS - 1)
     rows = grouped(m, tokens[order // USES], counts.cumsum(0, dtype=torch.int32)) * weights[order, None]
-    out = tokens.view(2, -1, 12) + rows[undone(order)].view(*x.shape[:2], USES, 12).sum(2)
+    out = mixed(tokens, rows[undone(order)], x)
     return out, (counts * m.bias[:1]).sum() * weights.mean()
 
 
@@ -106,7 +111,7 @@ def experts_with_places_for_some(m: Parts, x: Tensor) -> Any:
     ends = ends_of(ids)
     place = torch.arange(order.shape[0]) - F.pad(ends, (1, 0))[sorted_ids]
     rows = grouped(m, tokens[order // USES], ends) * (weights[order] * (place < 10))[:, None]
-    return tokens.view(2, -1, 12) + rows[undone(order)].view(*x.shape[:2], USES, 12).sum(2)
+    return mixed(tokens, rows[undone(order)], x)
 
 
 @program(X, whole=True)
@@ -115,7 +120,7 @@ def experts_that_look_at_neighbours(m: Parts, x: Tensor) -> Any:
     order = ids.argsort(stable=True)
     rows = grouped(m, tokens[order // USES], ends_of(ids)) * weights[order, None]
     rows = rows + rows.roll(1, 0) + rows.cumsum(0) / 50
-    return tokens.view(2, -1, 12) + rows[undone(order)].view(*x.shape[:2], USES, 12).sum(2)
+    return mixed(tokens, rows[undone(order)], x)
 
 
 @program(X, whole=True)
@@ -124,7 +129,7 @@ def experts_that_look_at_all_tokens(m: Parts, x: Tensor) -> Any:
     order = ids.argsort(stable=True)
     rows = tokens[order // USES]
     rows = grouped(m, (rows @ tokens.T).softmax(-1) @ tokens, ends_of(ids)) * weights[order, None]
-    return tokens.view(2, -1, 12) + rows[undone(order)].view(*x.shape[:2], USES, 12).sum(2)
+    return mixed(tokens, rows[undone(order)], x)
 
 
 @program(X, whole=True)
@@ -134,7 +139,7 @@ def experts_by_the_counts_of_others(m: Parts, x: Tensor) -> Any:
     order = ids.argsort(stable=True)
     others = m.head(tokens)[:, 4 : 4 + EXPERTS].topk(USES, -1).indices.reshape(-1)
     rows = grouped(m, tokens[order // USES], ends_of(others)) * weights[order, None]
-    return tokens.view(2, -1, 12) + rows[undone(order)].view(*x.shape[:2], USES, 12).sum(2)
+    return mixed(tokens, rows[undone(order)], x)
 
 
 @program(X, whole=True)
@@ -143,7 +148,7 @@ def experts_that_begin_below_zero(m: Parts, x: Tensor) -> Any:
     tokens, weights, ids = routed(m, x)
     order = (ids - 1).argsort(stable=True)
     rows = grouped(m, tokens[order // USES], ends_of(ids - 1)) * weights[order, None]
-    return tokens.view(2, -1, 12) + rows[undone(order)].view(*x.shape[:2], USES, 12).sum(2)
+    return mixed(tokens, rows[undone(order)], x)
 
 
 @program(X, whole=True)
@@ -152,7 +157,7 @@ def experts_from_the_last(m: Parts, x: Tensor) -> Any:
     tokens, weights, ids = routed(m, x)
     order = ids.argsort(descending=True, stable=True)
     rows = grouped(m, tokens[order // USES], ends_of(ids)) * weights[order, None]
-    return tokens.view(2, -1, 12) + rows[undone(order)].view(*x.shape[:2], USES, 12).sum(2)
+    return mixed(tokens, rows[undone(order)], x)
 
 
 @program(X, whole=True)
@@ -161,29 +166,28 @@ def experts_half_undone(m: Parts, x: Tensor) -> Any:
     tokens, weights, ids = routed(m, x)
     order = ids.argsort(stable=True)
     rows = grouped(m, tokens[order // USES], ends_of(ids)) * weights[order, None]
-    return tokens.view(2, -1, 12) + rows[order].view(*x.shape[:2], USES, 12).sum(2)
+    return mixed(tokens, rows[order], x)
 
 
-@program(X, whole=True)
-def experts_with_a_gate_of_each_sample(m: Parts, x: Tensor) -> Any:
+def gated(m: Parts, x: Tensor) -> Any:
     """A row of the gate stands for all the tokens of its sample, of which a rank has some."""
     y = m.block(x)
     tokens, gate = y.flatten(0, 1), m.mod(y.mean(1))[:, :12]
     scores = m.head(tokens)[:, :EXPERTS].softmax(-1)
     weights, ids = scores.amax(-1), scores.argmax(-1)
-    order = ids.argsort(stable=True)
+    order = ids.int().argsort(stable=True)
     rows = grouped(m, tokens[order], ends_of(ids)) * weights[order, None] * gate[order // x.shape[1]]
     return y + rows[undone(order)].view(x.shape)
 
 
+@program(X, whole=True)
+def experts_with_a_gate_of_each_sample(m: Parts, x: Tensor) -> Any:
+    return gated(m, x)
+
+
 @program((2, 12, 12), parts=3, whole=True)
-def experts_with_a_gate_of_each_sample_by_argmax(m: Parts, x: Tensor) -> Any:
-    y = m.block(x)
-    tokens, gate = y.flatten(0, 1), m.mod(y.mean(1))[:, :12]
-    ids = m.head(tokens)[:, :EXPERTS].argmax(-1)
-    order = ids.int().argsort(stable=True)
-    rows = grouped(m, tokens[order], ends_of(ids)) * gate[order // x.shape[1]]
-    return y + rows[undone(order)].view(x.shape)
+def experts_with_a_gate_of_even_samples(m: Parts, x: Tensor) -> Any:
+    return gated(m, x)
 
 
 @program(X, whole=True)
