@@ -7,7 +7,8 @@
     insert_collectives  the plan written into the graph as `sp::` ops   (transform)
     pack_exchanges      q, k and v of a site sent in one launch         (transform)
 
-An analysis returns frozen dataclasses; a transform takes a graph and a plan and returns a new graph.
+An analysis returns frozen dataclasses; a transform takes a graph and a plan and returns a new graph. Experts are
+outlined before there is a plan, in the captured graph itself.
 """
 
 if __name__ == "passes":
