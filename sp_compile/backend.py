@@ -38,6 +38,7 @@ from .errors import CaptureError, ConfigurationError, FallbackError, user_line
 from .graph import GraphRules, leaving_no_symbols
 from .group import current_epoch, cuts_graphs_for_ddp, mesh_of, rank_tensor, resolve_group
 from .guard import guard_graph
+from .inductor import inductor_settings
 from .ops import LOWERING_VERSION
 from .passes import find_attention, find_mixers, insert_collectives, outline_experts, pack_exchanges, propagate
 from .plan import AttentionSite, Fallback, LeavingOutput, ShardedGraph, ShardingPlan, SiteOperand
@@ -312,28 +313,12 @@ def _compile_inner(config: SequenceParallelConfig, gm: fx.GraphModule, inputs: S
 
 
 def _compile_sharded(config: SequenceParallelConfig, gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
-    """As `_compile_inner`; Inductor buckets gradients and moves waits, in one order on all ranks: that of the graph."""
+    """As `_compile_inner`; Inductor buckets gradients and computes under collectives."""
     if config.inner_backend != "inductor":
         return _compile_inner(config, gm, inputs)
-    settings: dict[str, Any] = {}
-    if config.gradient_bucket_mb:
-        settings["bucket_all_reduces_fx"] = "all"
-        settings["bucket_all_reduces_fx_bucket_size_determinator"] = BucketSize(config.gradient_bucket_mb)
-    if config.overlap:
-        settings["reorder_for_compute_comm_overlap"] = True
-        settings["reorder_for_compute_comm_overlap_passes"] = ["sink_waits"]
     inductor: Callable[..., Compiled] = torch._dynamo.lookup_backend("inductor")
+    settings = inductor_settings(config.gradient_bucket_mb, config.overlap)
     return inductor(gm, list(inputs), config_patches=settings)
-
-
-@dataclass(frozen=True)
-class BucketSize:
-    """The size of every bucket, in megabytes; a class, for the compile caches pickle it."""
-
-    megabytes: float
-
-    def __call__(self, bucket: int) -> float:
-        return self.megabytes
 
 
 def _cache_key_tag(group: dist.ProcessGroup) -> str:

@@ -65,7 +65,8 @@ class SequenceParallelConfig:
     them; with the inner backend "inductor". 0: one for each parameter."""
 
     overlap: bool = True
-    """Inductor computes what it can before it waits for a collective; "inductor" alone, in the order of the graph."""
+    """What need not wait for a collective is computed while it is on its way; with the inner backend "inductor". The
+    peak of memory is not raised for it."""
 
     attention: Attention = "auto"
     """How attention is made whole. "auto": what is cheapest at each site by `links`, in seconds of a step: Ulysses,

@@ -27,7 +27,8 @@ from .slow_transport import slow_transport
 VARIANTS: dict[str, dict[str, Any]] = {
     "each gradient by itself, waits where they stand": {"overlap": False, "gradient_bucket_mb": 0},
     "buckets": {"overlap": False},
-    "buckets, late waits": {},
+    "buckets, work under collectives": {},
+    "buckets of 4 MB, work under collectives": {"gradient_bucket_mb": 4},
 }
 ROUNDS = 5
 

@@ -24,6 +24,7 @@ LAYERS = (
         "opaque",
         "region",
         "sharded_input",
+        "inductor",
         "capture",
     },
     {"rules", "graph", "plan", "homes", "cost", "traffic", "functional", "data"},
