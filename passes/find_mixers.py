@@ -8,7 +8,7 @@
 
 A dimension that an op needs whole, takes apart or sums two activations over is a sequence if it is no feature, which a
 weight made (a linear layer, an embedding) or will sum over; a batch is not mixed at all. A region is worth sharding
-only where such an op has another dimension to run on; a dense convolution has none.
+only where such an op has another dimension to run on, or reads but a halo of the rows of other ranks.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def find_mixers(rules: GraphRules) -> tuple[SiteOperand, ...]:
 
 
 def _summed_by_weights(rules: GraphRules) -> set[tuple[fx.Node, int, int]]:
-    """The dimensions, by (node, result, dimension), that become one which a linear layer sums over."""
+    """The dimensions, by (node, result, dimension), that become one which a linear layer sums over, all of it."""
     found: set[tuple[fx.Node, int, int]] = set()
     for node in reversed(rules.graph.nodes):
         rule, operands = rules.rule(node), rules.operands(node)
@@ -60,7 +60,7 @@ def _summed_by_weights(rules: GraphRules) -> set[tuple[fx.Node, int, int]]:
                     summed.update(factors_of(each))
         for at, operand in enumerate(operands):
             for dim, each in enumerate(rule.operands[at]):
-                if not summed.isdisjoint(factors_of(each)):
+                if factors_of(each) and summed.issuperset(factors_of(each)):
                     found.add((*source_of(operand), dim))
     return found
 
@@ -97,11 +97,13 @@ def _mixed(rule: OpShardingRule, operand: int, weights: Sequence[int], features:
         if not factors or not features.isdisjoint(factors) or not _factors(rule, weights).isdisjoint(factors):
             continue
         taken_apart = rule.movement and not factors <= kept
-        if taken_apart or not rule.need_replication.isdisjoint(factors) or factors <= contracted:
+        if taken_apart or not rule.mixed.isdisjoint(factors) or factors <= contracted:
             found.append(dim)
     return found
 
 
 def _has_another(rule: OpShardingRule, operand: int, dim: int) -> bool:
-    """Whether the op may run on shards of another dimension than the first, the batch."""
-    return any(at not in (0, dim) for _, at in rule.borrowable(operand))
+    """Whether the op may run on shards of another dimension than the first, the batch, or of this one with a halo."""
+    halos = {halo.source for halo in rule.halos.values()}
+    in_place = operand == 0 and not halos.isdisjoint(factors_of(rule.operands[0][dim]))
+    return in_place or any(at not in (0, dim) for _, at in rule.borrowable(operand))

@@ -35,6 +35,7 @@ from sp_compile.graph import GraphRules, is_tensor, op_of, source_of
 from sp_compile.ops import MOVING_OPS
 from sp_compile.plan import COMPUTED_AGAIN, LeavingOutput, ShardedGraph, ShardingPlan, SitePlan
 from sp_compile.rule import argument_defaults, in_order
+from sp_compile.rules.halo import neighbouring_rows
 from sp_compile.sharding import (
     REPLICATED,
     GroupedHeads,
@@ -42,7 +43,9 @@ from sp_compile.sharding import (
     Replicated,
     Sharded,
     Size,
+    held_rows,
     local_shape,
+    moved_rows,
     size_of,
     whole_layout,
 )
@@ -342,6 +345,11 @@ class _Writer:
             times = target.query_heads // heads
             repeated = self.emit(aten.repeat_interleave.self_int, local, times, target.dim)
             return self._move(repeated, value, REPLICATED, Sharded(target.dim, whole_layout(target.query_heads)), role)
+        if isinstance(source, Sharded) and isinstance(target, Sharded):
+            wanted = held_rows(target.layout, self.plan.parts)
+            if wanted is not None and moved_rows(source.layout, target.layout, self.plan.parts) is not None:
+                rows = neighbouring_rows(_LocalGraph(self), local, source, wanted, value.meta["val"].device)
+                return rows if target.layout.is_even(self.plan.parts) else self._refill_padding(rows, target)
         whole = self._move(local, value, source, REPLICATED, None)
         return self._move(whole, value, REPLICATED, target, role)
 
@@ -359,6 +367,9 @@ class _Writer:
     def _on_dim(self, op: torch._ops.OpOverload, local: fx.Node, placement: Sharded, *extra: Any) -> fx.Node:
         layout = self._dim(placement)
         return self.emit(op, local, self.rank, *layout, *extra, self.group, **self._windows(placement))
+
+    def _refill_padding(self, local: fx.Node, placement: Sharded) -> fx.Node:
+        return self._on_dim(torch.ops.sp.refill_padding.default, local, placement)
 
     def _positions(self, placement: Sharded) -> fx.Node:
         _, *layout = self._dim(placement)
@@ -407,19 +418,39 @@ class _Writer:
         return node
 
 
-class _GraphOp:
+class _LocalGraph:
+    """The `LocalGraph` of what is written for the current node."""
+
+    def __init__(self, writer: _Writer) -> None:
+        self._writer = writer
+        self.parts = writer.plan.parts
+
+    def emit(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        return self._writer.emit(target, *args, **kwargs)
+
+    def gather(self, value: fx.Node, placement: Sharded, role: str) -> fx.Node:
+        writer = self._writer
+        layout, windows = writer._dim(placement), writer._windows(placement)
+        whole = self.emit(torch.ops.sp.all_gather_replicate.default, value, *layout, writer.group, **windows)
+        return writer._named(whole, f"{role}_{writer.current}")
+
+    def rank(self) -> fx.Node:
+        assert self._writer.rank is not None
+        return self._writer.rank
+
+
+class _GraphOp(_LocalGraph):
     """The `LocalOp` of a rule's body: writes nodes into the new graph."""
 
     def __init__(self, writer: _Writer, node: fx.Node) -> None:
+        super().__init__(writer)
         plan = writer.plan.nodes[node]
         assert plan.sharding is not None
-        self._writer = writer
         rule = writer.rules.rule(node)
         assert rule is not None
         self.call = writer.rules.call(node)
         self.operands = tuple(plan.operand(index) for index in range(len(self.call.operands)))
         self.results = plan.sharding.results
-        self.parts = writer.plan.parts
         self.rng: str = writer.rng
         self.shape_argument = rule.shape_argument
         values = [plan.sources.get(at, operand) for at, operand in enumerate(writer.rules.operands(node))]
@@ -434,9 +465,6 @@ class _GraphOp:
             else:
                 self._operands.append(writer.replicate(value))
         self.args, self.kwargs = writer._arguments(node, self._operands)
-
-    def emit(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        return self._writer.emit(target, *args, **kwargs)
 
     def operand(self, index: int) -> fx.Node:
         return self._operands[index]
@@ -454,7 +482,7 @@ class _GraphOp:
         return self._writer._on_dim(torch.ops.sp.mask_padding.default, value, placement, fill)
 
     def refill_padding(self, value: fx.Node, placement: Sharded) -> fx.Node:
-        return self._writer._on_dim(torch.ops.sp.refill_padding.default, value, placement)
+        return self._writer._refill_padding(value, placement)
 
     def all_reduce(self, value: fx.Node, kind: str = "sum") -> fx.Node:
         reduced = self.emit(torch.ops.sp.all_reduce.default, value, kind, self._writer.group)
@@ -472,10 +500,6 @@ class _GraphOp:
     def select_rows(self, value: fx.Node, placement: Sharded, index: fx.Node) -> fx.Node:
         rows = self._writer._on_dim(torch.ops.sp.select_rows.default, value, placement, index)
         return self._writer._named(rows, f"select_rows_{self._writer.current}")
-
-    def rank(self) -> fx.Node:
-        assert self._writer.rank is not None
-        return self._writer.rank
 
     def module(self, name: str, module: fx.GraphModule) -> fx.Node:
         name = f"{name}_{self._writer.current}"

@@ -273,7 +273,7 @@ def _is_by_rows(rule: OpShardingRule, grouped: list[bool]) -> bool:
     (dim,) = rows if len(rows) == 1 else ((),)
     if not isinstance(dim, tuple) or len(dim) != 1:
         return False
-    special = {*rule.need_replication, *rule.bodies, *rule.windows, *(source for source, *_ in rule.windows.values())}
+    special = {*rule.mixed, *rule.bodies, *rule.windows, *(source for source, *_ in rule.windows.values())}
     elsewhere = [dims for dims, known in zip(rule.operands, grouped, strict=True) if not known]
     elsewhere += [dims[1:] for dims in (*rule.results, *rule.operands) if dims and dims[0] == dim]
     return dim[0] not in special and all(dim[0] not in factors_of(other) for dims in elsewhere for other in dims)

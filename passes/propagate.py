@@ -40,6 +40,7 @@ from sp_compile.sharding import (
     Sharded,
     Size,
     exact_quotient,
+    moved_rows,
     product,
     whole_layout,
 )
@@ -329,7 +330,11 @@ class _Planner:
             if not isinstance(placement, Sharded) or index in rule.metadata:
                 continue
             target = sharding.operands[index] if sharding else None
-            if target is None or (target != placement and target.dim == placement.dim):
+            if target is None:
+                return True
+            if target == placement or target.dim != placement.dim:
+                continue
+            if not isinstance(target, Sharded) or moved_rows(placement.layout, target.layout, self.parts) is None:
                 return True
         return False
 
@@ -402,6 +407,8 @@ class _Planner:
             moves = target is not None or rule is None or index not in rule.metadata
             if moves and not self._begun_otherwise(node, operand, target):
                 total += self._move(self.rules.bytes(operand), placement, target or REPLICATED)
+        if rule is not None and sharding is not None and rule.halos:
+            total += rule.received_share(sharding, self.parts) * self.rules.bytes(operands[0])
         return total
 
     def _move(self, size: int, source: Placement, target: Placement) -> float:
@@ -411,6 +418,10 @@ class _Planner:
             return 0.0
         if isinstance(target, Sharded) and isinstance(source, Sharded) and source.dim != target.dim:
             return size / self.parts * others
+        if isinstance(target, Sharded) and isinstance(source, Sharded):
+            rows = moved_rows(source.layout, target.layout, self.parts)
+            if rows is not None:
+                return size * rows / int(source.layout.size)
         return size * others
 
     def _fall_back(

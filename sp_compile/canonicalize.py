@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -118,7 +119,31 @@ def _rewrite(graph: Graph, traced: GraphModule, old: Node, env: dict[Node, Any],
         _drop_empty_operands(new)
     elif target in _BY_MEMORY:
         new.args = (_in_memory_order(graph, new), *new.args[1:])
+    elif target is aten.constant_pad_nd.default:
+        pads: Any = new.args[1]
+        new.args = (_cropped(graph, new), [max(pad, 0) for pad in pads], *new.args[2:])
     return new
+
+
+def _emit(graph: Graph, like: Node, target: OpOverload, *args: Any, **kwargs: Any) -> Node:
+    """An op more on the line of `like`."""
+    node = graph.call_function(target, args, kwargs)
+    made = target(*pytree.tree_map_only(Node, lambda each: each.meta["val"], args), **kwargs)
+    node.meta = {**like.meta, "val": made}
+    return node
+
+
+def _cropped(graph: Graph, padded: Node) -> Any:
+    """The operand of a `constant_pad_nd` without the rows that negative padding cuts off."""
+    operand: Any = padded.args[0]
+    pads: Any = padded.args[1]
+    with graph.inserting_before(padded):
+        for at, (low, high) in enumerate(zip(pads[::2], pads[1::2], strict=True)):
+            if low < 0 or high < 0:
+                dim = operand.meta["val"].dim() - 1 - at
+                end = min(high, 0) or sys.maxsize
+                operand = _emit(graph, padded, aten.slice.Tensor, operand, dim, max(-low, 0), end)
+    return operand
 
 
 def _in_memory_order(graph: Graph, strided: Node) -> Node:
@@ -131,17 +156,11 @@ def _in_memory_order(graph: Graph, strided: Node) -> Node:
     known = strided.target is aten.as_strided.default and all(isinstance(size, int) for size in sizes)
     if not known or not is_non_overlapping_and_dense_or_false(value) or (offset is not None and value.storage_offset()):
         raise CaptureError(f"{strided.target} reads memory that its operand does not show ({user_line(strided)})")
-
-    def emit(target: OpOverload, *args: Any, **kwargs: Any) -> Node:
-        node = graph.call_function(target, args, kwargs)
-        made = target(*pytree.tree_map_only(Node, lambda each: each.meta["val"], args), **kwargs)
-        node.meta = {**strided.meta, "val": made}
-        return node
-
     with graph.inserting_before(strided):
         order = sorted(range(value.dim()), key=lambda dim: (-value.stride(dim), value.shape[dim] == 1))
-        flat = emit(aten.reshape.default, emit(aten.permute.default, operand, order), [-1])
-        return emit(aten.clone.default, flat, memory_format=torch.contiguous_format)
+        flat = _emit(graph, strided, aten.permute.default, operand, order)
+        flat = _emit(graph, strided, aten.reshape.default, flat, [-1])
+        return _emit(graph, strided, aten.clone.default, flat, memory_format=torch.contiguous_format)
 
 
 def _alias(graph: Graph, old: Node, operand: Node) -> Node:

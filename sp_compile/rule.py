@@ -32,11 +32,14 @@ from .sharding import (
     GroupedHeads,
     Layout,
     Placement,
+    Rows,
     Segment,
     Sharded,
     Size,
     exact_quotient,
+    held_rows,
     product,
+    received_rows,
     size_of,
     whole_layout,
 )
@@ -157,7 +160,24 @@ class Joined:
 Dim = Factors | Joined
 
 
-class LocalOp(Protocol):
+class LocalGraph(Protocol):
+    """What a local body, or a conversion, may use to write one rank's graph."""
+
+    parts: int
+    """P, the number of ranks."""
+
+    def emit(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node: ...
+
+    def gather(self, value: fx.Node, placement: Sharded, role: str) -> fx.Node:
+        """A sharded value made here, whole on every rank, on its way into sharded work; `role` names the node."""
+        ...
+
+    def rank(self) -> fx.Node:
+        """This rank's place in the group, int64 `[1]`."""
+        ...
+
+
+class LocalOp(LocalGraph, Protocol):
     """What a local body may use to write the op on one rank's rows into the graph."""
 
     call: OpCall
@@ -167,11 +187,7 @@ class LocalOp(Protocol):
     operands: tuple[Placement, ...]
     """The placement of each operand, as in `call.operands`."""
     results: tuple[Placement, ...]
-    parts: int
-    """P, the number of ranks."""
     rng: str
-
-    def emit(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node: ...
 
     def operand(self, index: int) -> fx.Node:
         """The local value of operand `index`."""
@@ -207,10 +223,6 @@ class LocalOp(Protocol):
         """The rows with global `index` (int64 `[n]`) of a sharded value, replicated."""
         ...
 
-    def rank(self) -> fx.Node:
-        """This rank's place in the group, int64 `[1]`."""
-        ...
-
     def computed_again(self, value: fx.Node) -> fx.Node:
         """`value`, which is not kept for backward but computed once more."""
         ...
@@ -218,6 +230,48 @@ class LocalOp(Protocol):
     def module(self, name: str, module: fx.GraphModule) -> fx.Node:
         """A graph as an argument: what a higher-order operator calls."""
         ...
+
+
+@dataclass(frozen=True)
+class Halo:
+    """Row j of a factor of the result reads `reach` rows of an operand's factor, from row `j * stride - padding` on.
+
+    The operand is the first. Rows that are not there are 0.
+    """
+
+    source: str
+    reach: int
+    stride: int
+    padding: int
+
+    def read(self, made: Layout, parts: int) -> Rows:
+        """The rows that each rank reads to make its rows of a layout that `layout` gave."""
+        held = held_rows(made, parts)
+        assert held is not None
+        (rows,) = held
+        first, last = (self._first(row) for row in (rows.real.start, rows.real.stop - 1))
+        count = (rows.count - 1) * self.stride + self.reach
+        return Rows(self._first(rows.first), rows.step * self.stride, count, range(first, last + self.reach))
+
+    def _first(self, window: int) -> int:
+        return window * self.stride - self.padding
+
+    def layout(self, rows: Layout, size: Size, made: bool) -> Layout | None:
+        """How the `size` windows of some rows lie, or for windows that are `made` their rows; None if not in blocks.
+
+        A window stays where its middle row is if that leaves it a place, and goes to blocks of its own otherwise.
+        """
+        segment = rows.segments[0]
+        if held_rows(rows, 1) is None or len(rows.segments) > 1:
+            return None
+        if self.stride == 1:
+            middle = (self.reach - 1) // 2 - self.padding
+            before = size_of(segment.before - middle if made else segment.before + middle)
+            after = size_of(segment.span - before - size)
+            uncut = segment.granule == 1 or (before, size) == (segment.before, segment.size)
+            if uncut and int(before) >= 0 and int(after) >= 0:
+                return Layout((Segment(size, segment.granule, before, after),))
+        return whole_layout(size) if segment.granule == 1 else None
 
 
 Body = Callable[[LocalOp], "fx.Node | tuple[fx.Node, ...]"]
@@ -255,6 +309,8 @@ class OpShardingRule:
     """How the op runs on one rank when a factor is sharded, where calling it as it is would be wrong."""
     windows: Mapping[str, tuple[str, Size, Size]] = field(default_factory=dict)
     """A factor of the result that is one of an operand without some first and some last rows, which stay in place."""
+    halos: Mapping[str, Halo] = field(default_factory=dict)
+    """A factor of the result whose rows read some rows of the first operand's, a few of which other ranks have."""
     rather: OpShardingRule | None = None
     """Another reading of the op, with factors of other names, that is followed where the shards allow it."""
     otherwise: OpShardingRule | None = None
@@ -329,12 +385,40 @@ class OpShardingRule:
             if window is None:
                 return None
             cut = {**cut, made: window}
+        with_halos = self._with_halos(cut)
+        if with_halos is None:
+            return None
+        cut = with_halos
         operands = tuple(self._place(dims, cut) for dims in self.operands)
         results = tuple(self._place(dims, cut) for dims in self.results)
         # A result without the factor is a sum over ranks, or made by each: its gradient is not that of one device.
         if not all(results) and not any(each in self.bodies for each in cut):
             return None
         return OpSharding(factor, operands, tuple(result or REPLICATED for result in results))
+
+    def _with_halos(self, cut: Cut) -> Cut | None:
+        """With the windows of the rows that are cut, and the rows of windows; None if they would not lie in blocks."""
+        for made, halo in self.halos.items():
+            for given, wanted in ((halo.source, made), (made, halo.source)):
+                if given in cut and wanted not in cut:
+                    layout = halo.layout(cut[given], self.sizes[wanted], given == made)
+                    if layout is None:
+                        return None
+                    cut = {**cut, wanted: layout}
+        return cut
+
+    def received_share(self, sharding: OpSharding, parts: int) -> float:
+        """What share of its first operand each of `parts` ranks receives for the windows that it makes."""
+        source, result = sharding.operands[0], sharding.results[0]
+        for made, halo in self.halos.items():
+            if sharding.factor in (made, halo.source) and isinstance(source, Sharded) and isinstance(result, Sharded):
+                return received_rows(source.layout, [halo.read(result.layout, parts)], parts) / int(source.layout.size)
+        return 0.0
+
+    @cached_property
+    def mixed(self) -> frozenset[str]:
+        """The factors of which the op reads more than one row to make one."""
+        return self.need_replication | self.halos.keys() | {halo.source for halo in self.halos.values()}
 
     def _cut(self, dims: tuple[Dim, ...], placement: Placement, placements: Sequence[Placement]) -> Cut | None:
         """The factors that a placement of a tensor with these dimensions shards, each with its own layout."""
@@ -357,8 +441,11 @@ class OpShardingRule:
             dim = dims[placement.dim]
             if isinstance(dim, Joined):
                 return {stream: whole_layout(self.sizes[stream]) for stream in dim.streams}
-        resized = {self._resized[factor] for factor in cut or () if factor in self._resized}
-        return {**cut, **{factor: whole_layout(self.sizes[factor]) for factor in resized}} if cut else cut
+        if not cut:
+            return cut
+        cut = self._with_halos(cut) or cut
+        resized = {self._resized[factor] for factor in cut if factor in self._resized} - cut.keys()
+        return {**cut, **{factor: whole_layout(self.sizes[factor]) for factor in resized}}
 
     @cached_property
     def _resized(self) -> Mapping[str, str]:
@@ -367,7 +454,7 @@ class OpShardingRule:
         for result in self.results:
             for before, after in zip(self.operands[0], result, strict=False):
                 both = (*factors_of(before), *factors_of(after))
-                if len(set(both)) == 2 == len(both) and self.need_replication.issuperset(both):
+                if len(set(both)) == 2 == len(both) and self.mixed.issuperset(both):
                     pairs |= {both[0]: both[1], both[1]: both[0]}
         return pairs
 

@@ -17,6 +17,7 @@ Sizes are ints, or sympy expressions of Dynamo's symbols: nothing here ever asks
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -213,6 +214,81 @@ def _whole_segments(segments: Sequence[Segment], rows: Size) -> tuple[int, Size]
 def whole_layout(size: Size, granule: Size = 1) -> Layout:
     """The plain layout: one segment."""
     return Layout((Segment(size, granule),))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows in a row on each rank: `count` of them, from global row `first + rank * step` on.
+
+    Those that are not among the `real` ones, such as padding, may be any.
+    """
+
+    first: int
+    step: int
+    count: int
+    real: range
+
+    def of(self, rank: int) -> range:
+        """The global rows of a rank."""
+        first = self.first + rank * self.step
+        return range(first, first + self.count)
+
+
+def held_rows(layout: Layout, parts: int) -> tuple[Rows, ...] | None:
+    """The rows that a layout has on each rank, padding included, of each segment; None if a size is symbolic."""
+    if layout.outer != 1 or not all(isinstance(size, int) for segment in layout.segments for size in _fields(segment)):
+        return None
+    found, start = [], 0
+    for segment in layout.segments:
+        block = block_rows(int(segment.span), int(segment.granule), parts)
+        end = start + int(segment.size)
+        found.append(Rows(start - int(segment.before), block, block, range(start, end)))
+        start = end
+    return tuple(found)
+
+
+def rows_beside(layout: Layout, wanted: Sequence[Rows], parts: int) -> list[tuple[int, int]] | None:
+    """How many rows before and after its block of each segment a rank wants, at most.
+
+    None if it wants rows that neither it nor its neighbours hold.
+    """
+    held = held_rows(layout, parts)
+    if held is None:
+        return None
+    found = []
+    for rows in held:
+        before = after = 0
+        for rank, other in itertools.product(range(parts), wanted):
+            mine, theirs = rows.of(rank), other.of(rank)
+            low = max(theirs.start, rows.real.start, other.real.start)
+            high = min(theirs.stop, rows.real.stop, other.real.stop)
+            if low < high:
+                before, after = max(before, mine.start - low), max(after, high - mine.stop)
+        if max(before, after) > rows.count:
+            return None
+        found.append((before, after))
+    return found
+
+
+def received_rows(layout: Layout, wanted: Sequence[Rows], parts: int) -> float:
+    """How many rows a rank receives for those that it wants: its neighbours send theirs to all, or all send all."""
+    beside = rows_beside(layout, wanted, parts)
+    if beside is None:
+        return int(layout.size) * (parts - 1) / parts
+    return sum(map(sum, beside)) * (parts - 1)
+
+
+def moved_rows(source: Layout, target: Layout, parts: int) -> float | None:
+    """How many rows a rank receives for another layout, of its neighbours; None if those do not have what it wants.
+
+    >>> moved_rows(whole_layout(4096), Layout((Segment(4096, after=3),)), 4)
+    9
+    """
+    wanted = held_rows(target, parts)
+    if wanted is None or rows_beside(source, wanted, parts) is None:
+        return None
+    received = received_rows(source, wanted, parts)
+    return received if received < int(source.size) * (parts - 1) / parts else None
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from torch._ops import OpOverload
 import sp_compile  # noqa: F401  (registers everything that is patched here)
 from sp_compile import ops
 from sp_compile.rule import Body, OpCall, OpShardingRule
-from sp_compile.rules import grouped, registry
+from sp_compile.rules import grouped, halo, registry
 from sp_compile.sharding import Sharded
 
 aten = torch.ops.aten
@@ -54,7 +54,8 @@ PROGRAMS = frozenset([
     "cumsum", "softmax_tokens", "norm_tokens", "amax_pool", "extrema_of_negative_rows", "sum_over_count",
     "masked_mean", "mean_used_everywhere", "std_correction", "ce_classdim", "ce_uneven", "ce_shift_slice",
     "tied_loss", "weights_of_padded_rows", "no_grad_region", "weight_first_used_without_gradient",
-    "convolution_of_equal_length", "all_but_the_first", "rows_that_are_cut_off_are_zero",
+    "convolution_of_equal_length", "depthwise_convolution", "previous_token", "all_but_the_first",
+    "rows_that_are_cut_off_are_zero",
     "experts_sorted_and_back", "experts_that_look_at_neighbours", "experts_with_places_for_some",
     "experts_by_the_counts_of_others", "experts_with_a_gate_of_each_sample", "experts_from_the_last",
     "param_both", "adaln", "kl_divergences", "mixer", "reciprocal_of_positions",
@@ -300,18 +301,21 @@ def _() -> AbstractContextManager[None]:
 
 @mutant("convolution of local rows")
 def _() -> AbstractContextManager[None]:
-    def change(rule: OpShardingRule, call: OpCall) -> OpShardingRule:
-        """The windows' rows are taken for those that they are made of."""
-        renamed = tuple(
-            tuple(tuple(f"l{factor[1:]}" if factor[0] == "m" else factor for factor in dim) for dim in dims)
-            for dims in rule.results
-        )
-        if any(rule.sizes.get(f"l{name[1:]}") != size for name, size in rule.sizes.items() if name[0] == "m"):
-            return rule
-        kept = frozenset(factor for factor in rule.need_replication if factor[0] not in "lm")
-        return replace(rule, results=renamed, need_replication=kept)
+    def change(rule: OpShardingRule, _: OpCall) -> OpShardingRule:
+        with_halo = {*rule.halos, *(each.source for each in rule.halos.values())}
+        return replace(rule, bodies={factor: body for factor, body in rule.bodies.items() if factor not in with_halo})
 
-    return altered(change, aten.conv1d.default, aten.convolution.default)
+    return altered(change, aten.conv1d.default, aten.conv2d.default)
+
+
+@mutant("halo: every rank reads the rows that rank 0 would")
+def _() -> AbstractContextManager[Any]:
+    count_from = halo._count_from
+
+    def of_rank_0(graph: Any, first: int, count: int, step: int, rank: Any, device: torch.device) -> Any:
+        return count_from(graph, first, count, 0, rank, device)
+
+    return patch.object(halo, "_count_from", of_rank_0)
 
 
 @mutant("permute: the inverse order")

@@ -456,6 +456,12 @@ def test_empty_cache_is_no_operand_of_cat() -> None:
     assert aten.cat.default not in targets(graph)
 
 
+def test_negative_padding_is_a_slice() -> None:
+    (graph,) = run(Program(lambda m, x: F.pad(m[0](x), (-1, 2, 1, -3), value=2.0), linear()), matrix())
+    (pad,) = graph.graph_module.graph.find_nodes(op="call_function", target=aten.constant_pad_nd.default)
+    assert pad.args[1] == [0, 2, 1, 0] and targets(graph).count(aten.slice.Tensor) == 2
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_patch_embedding_is_a_linear_map_of_patches(grad: bool) -> None:
     """Not where a view in another grad mode than the convolution would let a gradient through."""

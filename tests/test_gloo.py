@@ -560,3 +560,43 @@ def test_what_is_gathered_again_in_backward_is_right(gloo2: GlooPool, gloo3: Glo
             assert max(out, given, *parameters.values()) < 1e-5, (kind, strategy)
     for out, given, parameters in gloo2.run(gathered, "checkpointed", "inductor", {"attention": "all_gather_kv"}):
         assert max(out, given, *parameters.values()) < 1e-5
+
+
+class Neighbours(nn.Module):
+    """A strided stem, and a causal convolution and a token shift in a checkpoint, 257 rows and then 129."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.taps = nn.Conv1d(3, 12, 3, 2, 1), nn.Conv1d(12, 12, 4, padding=3, groups=12)
+        self.block, self.mix = Block(), nn.Parameter(torch.rand(12))
+
+    def layer(self, x: Tensor) -> Tensor:
+        x = x + self.taps(x.mT)[..., : x.shape[1]].mT.cos()
+        before = nn.functional.pad(x, (0, 0, 1, -1))
+        out: Tensor = self.block(x * self.mix + before * (1 - self.mix))
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = checkpoint(self.layer, self.stem(x).mT, use_reentrant=False)
+        return out
+
+
+def with_halos(inner: str) -> tuple[float, list[str]]:
+    """The largest error of an output or gradient; and the ops of what was sent."""
+    torch.manual_seed(0)
+    alone, whole = Neighbours(), torch.randn(2, 3, 257, requires_grad=True)
+    model, x = copy.deepcopy(alone), whole.detach().clone().requires_grad_()
+    got = torch.compile(model, backend=partial(sp_backend, options={"inner_backend": inner}))(x)
+    expected = alone(whole)
+    for out in (expected, got):
+        out.cos().sum().backward()
+    assert whole.grad is not None and x.grad is not None
+    error = max(float((a - b).detach().abs().max()) for a, b in ((expected, got), (whole.grad, x.grad)))
+    nodes = rewritten_graphs()[-1].rewritten.graph.nodes
+    return max(error, *gradient_errors(alone, model).values()), [n.name for n in nodes if n.name.startswith("halo")]
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_halos_and_shifts(gloo3: GlooPool, inner: str) -> None:
+    for error, halos in gloo3.run(with_halos, inner):
+        assert error < 1e-5 and len(halos) == 4, halos

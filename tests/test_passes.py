@@ -214,11 +214,15 @@ def dense(x: Tensor) -> Tensor:
     return F.conv1d(WIDE(x).mT, TAPS.expand(6, 6, 3), padding=1).mT
 
 
+def fourier(x: Tensor) -> Tensor:
+    return torch.fft.fft2(WIDE(x)).real
+
+
 def row_by_row(x: Tensor) -> Tensor:
     return WIDE(F.layer_norm(x, (5,))).softmax(-1)
 
 
-@pytest.mark.parametrize("mix", [convolved, summed_up, outer_products, scanned])
+@pytest.mark.parametrize("mix", [convolved, dense, summed_up, outer_products, scanned])
 def test_what_mixes_tokens_shards_them(mix: Callable[..., Any]) -> None:
     _, rules = rules_of(mix, heads(1, 9, 5))
     plan = propagate(rules, (), find_mixers(rules), 2, "auto")
@@ -226,7 +230,7 @@ def test_what_mixes_tokens_shards_them(mix: Callable[..., Any]) -> None:
     assert plan.placement(linear) == Sharded(1, whole_layout(9))
 
 
-@pytest.mark.parametrize("mix", [dense, row_by_row])
+@pytest.mark.parametrize("mix", [fourier, row_by_row])
 def test_without_a_dimension_to_borrow_or_anything_mixed_nothing_is_found(mix: Callable[..., Any]) -> None:
     _, rules = rules_of(mix, heads(1, 9, 5))
     assert not find_mixers(rules)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import permutations
 from typing import Any
 
 import pytest
 import torch
 from torch._ops import OpOverload
 
-from sp_compile.rule import OpShardingRule
+from sp_compile.rule import OpSharding, OpShardingRule
+from sp_compile.rules import halo
+from sp_compile.rules.convolutions import _with_halo
+from sp_compile.rules.halo import neighbouring_rows
 from sp_compile.rules.registry import _RULES, _WHOLE, has_rule
-from sp_compile.sharding import REPLICATED, Layout, Segment, Sharded
+from sp_compile.sharding import REPLICATED, Layout, Segment, Sharded, held_rows, moved_rows, whole_layout
 from sp_compile.simulation import simulate
 
 from .rules import CASES
@@ -144,6 +149,21 @@ def with_body(factor: str, body: Callable[[Any], Any]) -> Callable[[OpShardingRu
     return lambda rule: replace(rule, bodies={factor: body})
 
 
+def halo_off(**changes: int) -> Callable[[OpShardingRule], OpShardingRule]:
+    """With another halo than that of the op, in the body too."""
+
+    def plant(rule: OpShardingRule) -> OpShardingRule:
+        ((made, halo),) = rule.halos.items()
+        wrong = replace(halo, **changes)
+        return replace(
+            rule, halos={made: wrong}, bodies=dict.fromkeys((made, halo.source), partial(_with_halo, wrong, 0))
+        )
+
+    return plant
+
+
+CONVOLVED = f(2, 3, 11), f(5, 3, 3), f(5), [1], [1]
+
 PLANTED: list[tuple[str, Case, Callable[[OpShardingRule], OpShardingRule], str]] = [
     ("factors swapped", case(aten.transpose.int, f(2, 5, 7), 1, 2), swapped, "d1"),
     ("squares swapped", case(aten.matmul.default, f(5, 5), f(5, 5)), swapped, "m"),
@@ -152,6 +172,9 @@ PLANTED: list[tuple[str, Case, Callable[[OpShardingRule], OpShardingRule], str]]
     ("query body dropped", case(SDPA, *[f(3, 5, 8)] * 3, None, 0.0, True), bodiless, "q"),
     ("squeeze of local size", case(aten.squeeze.default, f(1, 2, 3)), bodiless, "d1"),
     ("groups not local", case(aten.conv1d.default, f(2, 6, 5), f(6, 1, 2), None, groups=6), bodiless, "g"),
+    ("no rows of the neighbours", case(aten.conv1d.default, *CONVOLVED), bodiless, "l0"),
+    ("a halo one row off", case(aten.conv1d.default, *CONVOLVED), halo_off(padding=0), "l0"),
+    ("a halo too short", case(aten.conv1d.default, *CONVOLVED), halo_off(reach=2), "l0"),
     (
         "bias counted by every rank",
         case(aten.linear.default, f(5, 7), f(3, 7), f(3)),
@@ -214,6 +237,64 @@ def test_planted_wrong_is_refused(
     assert rule is not None
     assert not any(factor == known and fails(sample, rule, factor) for known in rule.sizes)
     assert fails(sample, plant(rule), factor)
+
+
+# Rows of the neighbours
+
+LAYOUTS = [
+    whole_layout(13),
+    whole_layout(13, 13),
+    Layout((Segment(13, 1, 1, 0),)),
+    Layout((Segment(13, 1, 0, 2),)),
+    Layout((Segment(13, 1, 3, 4),)),
+    Layout((Segment(1), Segment(12, 1, 0, 1))),
+    Layout((Segment(12, 1, 1, 0), Segment(1))),
+    Layout((Segment(2), Segment(9, 1, 1, 1), Segment(2))),
+    Layout((Segment(6), Segment(7))),
+]
+
+
+def recut(graph: Any) -> Any:
+    (source,), (target,) = graph.operands, graph.results
+    wanted = held_rows(target.layout, graph.parts)
+    assert wanted is not None
+    rows = neighbouring_rows(graph, graph.operand(0), source, wanted, torch.device("cpu"))
+    return graph.refill_padding(rows, target)
+
+
+def recut_error(source: Layout, target: Layout, parts: int) -> AssertionError | None:
+    sample = case(aten.clone.default, f(2, 13, 3))
+    assert sample.rule is not None
+    sharding = OpSharding("d1", (Sharded(1, source),), (Sharded(1, target),))
+    try:
+        compare(sample, replace(sample.rule, bodies={"d1": recut}), sharding, parts)
+    except AssertionError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4])
+def test_another_layout_of_the_rows_of_neighbours(parts: int) -> None:
+    pairs = [pair for pair in permutations(LAYOUTS, 2) if moved_rows(*pair, parts) is not None]
+    assert len(pairs) > 12
+    for source, target in pairs:
+        error = recut_error(source, target, parts)
+        assert error is None, f"{source} to {target}: {error}"
+
+
+def test_rows_that_no_neighbour_has_are_not_looked_for_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    apart = whole_layout(13, 13), whole_layout(13)
+    assert moved_rows(*apart, 4) is None
+    monkeypatch.setattr(halo, "rows_beside", lambda layout, wanted, parts: [(4, 0)])
+    assert recut_error(*apart, 4) is not None
+
+
+def test_what_another_layout_moves_is_what_changes_its_owner() -> None:
+    rows, token = whole_layout(4096), Layout((Segment(1), Segment(4095, 1, 0, 1)))
+    assert moved_rows(rows, rows, 4) == 0
+    assert moved_rows(token, rows, 4) == moved_rows(rows, token, 4) == 3
+    assert moved_rows(rows, Layout((Segment(4096, 1, 0, 4),)), 4) == 3 * 3
+    assert moved_rows(Layout((Segment(2048), Segment(2048))), rows, 4) is None
 
 
 # Calls that have no rule, or no sharding of a factor

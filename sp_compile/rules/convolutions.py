@@ -1,22 +1,25 @@
 """Convolutions: `n (g i) l!, (g o) i k!, +(g o) -> n (g o) m!`.
 
 Where the windows lie side by side (kernel = stride, no padding: a patch embedding, or a kernel of 1) the spatial
-dimensions pass as well, `l` as `(m k!)`; so do those of such a transposed convolution, `l -> (l k!)`.
+dimensions pass as well, `l` as `(m k!)`; so do those of such a transposed convolution, `l -> (l k!)`. Windows that
+overlap read a few rows of the neighbouring ranks, where lengths are static: `n (g i) l, ... -> n (g o) m`, with a halo.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
-from ..rule import Body, Dim, LocalOp, OpCall, OpShardingRule
-from ..sharding import Size, exact_quotient, size_of
+from ..rule import Body, Dim, Halo, LocalOp, OpCall, OpShardingRule
+from ..sharding import Sharded, Size, exact_quotient, size_of
 from .contractions import sum_over_ranks
 from .dims import factors, fit, local_count, with_arguments
+from .halo import rows_read
 from .registry import rule
 
 aten = torch.ops.aten
@@ -39,6 +42,11 @@ class Windows:
     padding: Size
     dilation: Size
 
+    def halo(self, source: str) -> Halo | None:
+        """The rows that a window reads, of the factor `source`; None if they depend on a symbol."""
+        kernel, stride, padding, dilation = (x if isinstance(x, int) else -1 for x in vars(self).values())
+        return Halo(source, (kernel - 1) * dilation + 1, stride, padding) if min(kernel, stride, padding) >= 0 else None
+
     def side_by_side(self, length: Size, count: Size) -> bool:
         """Whether `count` windows cover `length` rows exactly, without overlap."""
         apart = self.stride == self.kernel and self.padding == 0 and (self.dilation == 1 or self.kernel == 1)
@@ -47,13 +55,15 @@ class Windows:
 
 def _windows(call: OpCall, kernel: Sequence[Size]) -> list[Windows]:
     count = len(kernel)
+    stride, dilation = (per_dim(call[name], count) for name in ("stride", "dilation"))
     padding = call["padding"]
-    if isinstance(padding, str):
-        known: list[Size] = [0 if padding == "valid" or size == 1 else -1 for size in kernel]
+    if padding == "valid":
+        before: list[Size] = [0] * count
+    elif padding == "same":
+        before = [size_of(d * (k - 1) // 2) for k, d in zip(kernel, dilation, strict=True)]
     else:
-        known = per_dim(padding, count)
-    rest = (per_dim(call[name], count) for name in ("stride", "dilation"))
-    return [Windows(k, s, p, d) for k, p, s, d in zip(kernel, known, *rest, strict=True)]
+        before = per_dim(padding, count)
+    return [Windows(*each) for each in zip(kernel, stride, before, dilation, strict=True)]
 
 
 @rule(
@@ -65,7 +75,7 @@ def _windows(call: OpCall, kernel: Sequence[Size]) -> list[Windows]:
     aten.conv3d.padding,
     aten.convolution.default,
     because="the taps of a kernel that strides over its own length stay together",
-    until=HALO,
+    until="a halo where lengths are symbols, and for transposed convolutions",
 )
 def convolution_rule(call: OpCall) -> OpShardingRule | None:
     """A depthwise one has `g` channels, and passes them; input channels are summed over the ranks."""
@@ -82,11 +92,27 @@ def convolution_rule(call: OpCall) -> OpShardingRule | None:
     lengths = zip(x.shape[-spatial:], result.shape[-spatial:], strict=True)
     ends = [(long, short) if not transposed else (short, long) for long, short in lengths]
     apart = [window.side_by_side(*end) for window, end in zip(windows, ends, strict=True)]
-    return _fit_convolution(call, sizes, transposed, apart)
+    halos = {} if transposed else _halos(call, windows, ends, apart)
+    return _fit_convolution(call, sizes, transposed, apart, halos)
+
+
+def _halos(
+    call: OpCall, windows: Sequence[Windows], ends: Sequence[tuple[Size, Size]], apart: Sequence[bool]
+) -> dict[str, Halo]:
+    """The spatial dimensions whose windows overlap, where all sizes are known: made factor to what it reads."""
+    lopsided = [call["padding"] == "same" and w.dilation * (w.kernel - 1) % 2 != 0 for w in windows]
+    found = {}
+    for at, window in enumerate(windows):
+        halo = window.halo(f"l{at}")
+        known = all(isinstance(size, int) and size > 1 for size in ends[at])
+        # The other dimensions are padded by the op, which has one number for both ends.
+        if halo and known and not apart[at] and not any(lopsided[:at] + lopsided[at + 1 :]):
+            found[f"m{at}"] = halo
+    return found
 
 
 def _fit_convolution(
-    call: OpCall, sizes: dict[str, Size], transposed: bool, apart: Sequence[bool]
+    call: OpCall, sizes: dict[str, Size], transposed: bool, apart: Sequence[bool], halos: Mapping[str, Halo]
 ) -> OpShardingRule | None:
     (x, weight), result = call.operands[:2], call.results[0]
     assert result is not None
@@ -99,7 +125,7 @@ def _fit_convolution(
         sizes |= {f"l{at}": many.shape[at - spatial], f"m{at}": few.shape[at - spatial], f"k{at}": weight.shape[2 + at]}
         fine.append(factors(sizes, f"m{at}", f"k{at}") if aligned else factors(sizes, f"l{at}"))
         coarse.append(factors(sizes, f"m{at}"))
-        whole |= set() if aligned else {f"l{at}", f"m{at}"}
+        whole |= set() if aligned or f"m{at}" in halos else {f"l{at}", f"m{at}"}
     taps: list[Dim] = [factors(sizes, f"k{at}") for at in range(spatial)]
     batch: list[Dim] = []
     if len(x.shape) == spatial + 2:
@@ -111,6 +137,9 @@ def _fit_convolution(
     operands: list[list[Dim]] = [[*batch, inputs, *rows[0]], [*weights, *taps], [outputs]]
     made: list[Dim] = [*batch, outputs, *rows[1]]
     bodies: dict[str, Body] = {"g": _fewer_groups, "i": sum_over_ranks(_without_bias, _add_bias)}
+    for at in range(spatial):
+        if halo := halos.get(f"m{at}"):
+            bodies |= dict.fromkeys((f"m{at}", halo.source), partial(_with_halo, halo, at))
     return fit(
         call,
         operands[: len(call.operands)],
@@ -119,6 +148,7 @@ def _fit_convolution(
         need_replication=frozenset(whole),
         additive=frozenset({2}) if len(call.operands) == 3 else frozenset(),
         bodies=bodies,
+        halos=halos,
     )
 
 
@@ -127,6 +157,23 @@ def _fewer_groups(local: LocalOp) -> fx.Node:
     depth = exact_quotient(local.call.operands[1].shape[0], groups)
     assert depth is not None
     return with_arguments(local, groups=local_count(local, local.operands[1], groups, depth))
+
+
+_OF_EACH_SIZE = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+
+
+def _with_halo(halo: Halo, at: int, local: LocalOp) -> fx.Node:
+    """The convolution without padding in spatial dimension `at`, on the rows that a rank's windows read."""
+    kernel = local.call.operands[1].shape[2:]
+    windows = _windows(local.call, kernel)
+    padding = [0 if each == at else window.padding for each, window in enumerate(windows)]
+    stride, dilation = [window.stride for window in windows], [window.dilation for window in windows]
+    bias = local.operand(2) if len(local.call.operands) > 2 else None
+    given = rows_read(local, halo), local.operand(1), bias, stride, padding, dilation, local.call["groups"]
+    made = local.emit(_OF_EACH_SIZE[len(kernel)], *given)
+    placement = local.results[0]
+    assert isinstance(placement, Sharded)
+    return made if placement.layout.is_even(local.parts) else local.refill_padding(made, placement)
 
 
 def _without_bias(local: LocalOp, operands: Sequence[fx.Node]) -> fx.Node:

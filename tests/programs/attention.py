@@ -28,7 +28,7 @@ def gqa_6_heads_2_groups(m: Parts, x: Tensor) -> Any:
     return m.attend(x, enable_gqa=True)
 
 
-@program(WIDE, kv=2, heads=6, parts=4, whole=True)
+@program(WIDE, kv=2, heads=6, parts=4, moves={"gather_seq": 2, "gather_output": 1})
 def gqa_5d(m: Parts, x: Tensor) -> Any:
     B, S, _ = x.shape
     q = m.q(x).view(B, S, 2, 3, 4).permute(0, 2, 3, 1, 4)
@@ -38,7 +38,7 @@ def gqa_5d(m: Parts, x: Tensor) -> Any:
     return m.o(s.permute(0, 3, 1, 2, 4).reshape(B, S, -1))
 
 
-@program(WIDE, kv=2, heads=6, parts=3, whole=True)
+@program(WIDE, kv=2, heads=6, parts=3, moves={"gather_seq": 2, "gather_output": 1})
 def gqa_5d_einsum(m: Parts, x: Tensor) -> Any:
     B, S, _ = x.shape
     q = m.q(x).view(B, S, 2, 3, 4)
@@ -84,12 +84,12 @@ def gqa_6_heads_3_groups(m: Parts, x: Tensor) -> Any:
     )
 
 
-@program(WIDE, heads=6, kv=1, parts=4, whole=True)
+@program(WIDE, heads=6, kv=1, parts=4, moves={"gather_seq": 2, "gather_output": 1})
 def mqa_bias(m: Parts, x: Tensor) -> Any:
     return m.attend(x, enable_gqa=True, attn_mask=m.bias.view(6, 1, 1) * torch.arange(13))
 
 
-@program(WIDE, heads=6, kv=1, parts=4, whole=True)
+@program(WIDE, heads=6, kv=1, parts=4, moves={"gather_seq": 2, "gather_output": 2})
 def mqa_eager(m: Parts, x: Tensor) -> Any:
     s = (m.split(m.q(x)) @ m.split(m.k(x), 1).mT).softmax(-1)
     return (m.o(m.join(s @ m.split(m.v(x), 1))), s.mean(1))
@@ -257,7 +257,7 @@ def chunked_linear_attn(m: Parts, x: Tensor) -> Any:
     return m.o(m.join((intra + q @ kv).view(2, 3, 24, 4)))
 
 
-@program((1, 24, 12), whole=True)
+@program((1, 24, 12), moves={"all_to_all": 4, "gather_output": 1})
 def local_window_attn(m: Parts, x: Tensor) -> Any:
     q, k, v = (m.split(f(x)) for f in (m.q, m.k, m.v))
     qb = q.view(1, 3, 6, 4, 4)

@@ -41,13 +41,13 @@ def pad_shift(m: Parts, x: Tensor) -> Any:
     return F.pad(y, (0, 0, 1, 0))[:, :-1] * m.w + y
 
 
-@program(X, whole=True)
+@program(X, moves={"all_to_all": 4, "select_rows": 1, "gather_output": 1, "halo": 1})
 def pad_shift_cat(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     return torch.cat([torch.zeros_like(y[:, :1]), y[:, :-1]], 1) * m.w + y
 
 
-@program((2, 24, 12), moves={"all_to_all": 15, "gather_output": 7})
+@program((2, 24, 12), moves={"all_to_all": 13, "gather_output": 7})
 def pads(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     return (

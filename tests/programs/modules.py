@@ -116,7 +116,7 @@ def convolutions(m: Any, x: Tensor) -> Any:
     return m.d(m.c(y)[..., : x.shape[1]]).transpose(1, 2)
 
 
-@modules(X, parts=4, whole=True, a=layer, b=lambda: nn.BatchNorm1d(12))
+@modules(X, parts=4, a=layer, b=lambda: nn.BatchNorm1d(12))
 def batch_norm_over_tokens(m: Any, x: Tensor) -> Any:
     return m.a(m.b(m.a(x).transpose(1, 2)).transpose(1, 2))
 
@@ -143,7 +143,6 @@ def vision_transformer(m: Any, x: Tensor) -> Any:
 @modules(
     (2, 3, 25),
     parts=4,
-    whole=True,
     p=lambda: nn.Conv1d(3, 12, 3, 2, 1),
     a=layer,
     u=lambda: nn.ConvTranspose1d(12, 3, 4, 2, 1),

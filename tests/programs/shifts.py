@@ -41,7 +41,7 @@ def one_less_and_back(m: Parts, x: Tensor) -> Any:
     return torch.cat([m.cls.expand(2, -1, -1), y], 1) * m.w
 
 
-@program(X, whole=True)
+@program(X, moves={"all_to_all": 8, "select_rows": 1, "gather_output": 1, "halo": 1})
 def previous_token(m: Parts, x: Tensor) -> Any:
     """RWKV's token shift."""
     y = m.block(x)
@@ -50,19 +50,19 @@ def previous_token(m: Parts, x: Tensor) -> Any:
     return m.block(mixed)
 
 
-@program(X, (2, 1, 12), whole=True)
+@program(X, (2, 1, 12), moves={"all_to_all": 4, "select_rows": 1, "gather_output": 1, "halo": 1})
 def previous_token_with_a_state(m: Parts, x: Tensor, state: Tensor) -> Any:
     y = m.block(x)
     return (m.o(torch.cat([state, y[:, :-1]], 1)) + y, y[:, -1:])
 
 
-@program(X, moves={"all_to_all": 10, "gather_output": 1})
+@program(X, moves={"all_to_all": 7, "halo": 1, "gather_output": 1})
 def pad_shift_both_ways(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     return F.pad(y, (0, 0, 1, -1)) * m.w + F.pad(y, (0, 0, -1, 1)) + F.pad(y, (0, 0, 2, 0))[:, :-2]
 
 
-@program(X, moves={"all_to_all": 6, "gather_output": 1})
+@program(X, moves={"all_to_all": 4, "halo": 1, "gather_output": 1})
 def half_of_the_channels_shifted(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     return m.o(torch.cat([F.pad(y[..., :6], (0, 0, 1, -1)), y[..., 6:]], -1))
@@ -80,13 +80,13 @@ def rolls_by_more_than_a_block(m: Parts, x: Tensor) -> Any:
     return (y.roll(2, 1), y.roll(-1, 1), F.pad(y, (0, 0, 2, -2)), y[:, 2:])
 
 
-@program((13, 2, 12), moves={"all_to_all": 7, "gather_output": 1})
+@program((13, 2, 12), moves={"all_to_all": 6, "halo": 1, "gather_output": 1})
 def roll_sequence_first(m: Parts, x: Tensor) -> Any:
     y = m.block(x.transpose(0, 1)).transpose(0, 1)
     return y.roll(1, 0) + F.pad(y, (0, 0, 0, 0, 1, -1))
 
 
-@program((2, 13, 12), moves={"all_to_all": 8, "gather_output": 1})
+@program((2, 13, 12), moves={"all_to_all": 6, "gather_output": 1})
 def shifted_in_heads(m: Parts, x: Tensor) -> Any:
     """Keys shifted by one token, in the layout of the heads."""
     q, k, v = (m.split(f(x)) for f in (m.q, m.k, m.v))
@@ -121,7 +121,7 @@ def first_row_written(m: Parts, x: Tensor) -> Any:
     return m.block(y)
 
 
-@program(X, labels(ignored=(12,)), whole=True)
+@program(X, labels(ignored=(12,)), moves={"all_to_all": 4, "all_reduce": 2, "halo": 1})
 def loss_of_shifted_rows(m: Parts, x: Tensor, t: Tensor) -> Any:
     y = m.block(x)
     return F.cross_entropy(m.head(y[:, :-1]).mT, t[:, 1:]) + F.mse_loss(y[:, 1:], y[:, :-1])
@@ -135,7 +135,7 @@ def loss_of_two_heads(m: Parts, x: Tensor, t: Tensor) -> Any:
     return one + 0.3 * F.cross_entropy(lg[:, :-2].flatten(0, 1), t[:, 2:].flatten())
 
 
-@program(X, whole=True)
+@program(X, moves={"all_to_all": 4, "all_reduce": 1, "gather_output": 1, "halo": 3})
 def differences_of_neighbours(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     return (torch.diff(y, dim=1), (y[:, 2:] - 2 * y[:, 1:-1] + y[:, :-2]).square().mean())
@@ -157,7 +157,7 @@ def d_shift_of_four_on_four(m: Parts, x: Tensor) -> Any:
 # Without attention
 
 
-@program(X, moves={"all_to_all": 4, "gather_output": 1})
+@program(X, moves={"halo": 2, "gather_output": 1})
 def previous_token_alone(m: Parts, x: Tensor) -> Any:
     for _ in range(2):
         before = F.pad(m.norm(x), (0, 0, 1, -1))

@@ -375,7 +375,7 @@ def mapped_over_the_sequence(m: Parts, x: Tensor) -> Any:
     return m.block(torch.vmap(lambda a, b: a.sin() * b, in_dims=1, out_dims=1)(y, y.cos()))
 
 
-@program(X, whole=True)
+@program(X, moves={"all_to_all": 8, "gather_output": 2})
 def a_gradient_of_all_rows_under_vmap(m: Parts, x: Tensor) -> Any:
     return m.block(torch.vmap(SumsItsGradient.apply)(m.block(x)))
 
@@ -385,7 +385,7 @@ def gradient_inside(m: Parts, x: Tensor) -> Any:
     return m.block(torch.func.grad(lambda t: (t.sin() * m.w).sum())(m.block(x)))
 
 
-@program(X, whole=True)
+@program(X, moves={"all_to_all": 17, "select_rows": 1, "gather_output": 1})
 def scan_by_pairs(m: Parts, x: Tensor) -> Any:
     return m.block(associative_scan(lambda a, b: a * b, m.block(x).tanh(), 1, combine_mode="generic"))
 

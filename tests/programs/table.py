@@ -145,7 +145,7 @@ def moved(graph: RewrittenGraph) -> Counter[str]:
                 counts[seq] += gathers
                 continue
             name = node.target._opname.removesuffix("_kv").removesuffix("_replicate")
-            for role in ("gather_output", "gather_seq"):
+            for role in ("gather_output", "gather_seq", "halo"):
                 if name == "all_gather" and node.name.startswith(role):
                     name = role
             counts[name] += 1
@@ -186,7 +186,7 @@ def wasted(graph: RewrittenGraph) -> list[str]:
     return found
 
 
-COLLECTIVES = ("all_to_all", "all_gather", "gather_seq", "all_reduce", "select_rows", "gather_output")
+COLLECTIVES = ("all_to_all", "all_gather", "gather_seq", "all_reduce", "select_rows", "gather_output", "halo")
 
 
 def rope(x: Tensor, pos: Tensor, interleaved: bool = False) -> Tensor:

@@ -62,7 +62,7 @@ def token_mlp_of_square_tokens(m: Parts, x: Tensor) -> Any:
     return mlp(m, x)
 
 
-@program(X, moves={"all_to_all": 7, "gather_output": 1})
+@program(X, moves={"all_to_all": 4, "halo": 2, "gather_output": 1})
 def depthwise_convolution(m: Parts, x: Tensor) -> Any:
     for _ in range(2):
         y = F.conv1d(m.norm(x).mT, m.mat[:, :4].unsqueeze(1), m.w, padding=3, groups=12)[..., :13].mT
@@ -70,7 +70,7 @@ def depthwise_convolution(m: Parts, x: Tensor) -> Any:
     return x
 
 
-@program(X, shards=False, whole=True)
+@program(X, moves={"halo": 1, "all_to_all": 2, "gather_output": 1})
 def dense_convolutions(m: Parts, x: Tensor) -> Any:
     weight = m.mod.weight.view(12, 12, 3)
     y = F.conv1d(x.mT, weight, m.w, padding=1)
@@ -78,7 +78,7 @@ def dense_convolutions(m: Parts, x: Tensor) -> Any:
     return m.head(y.mT + x)
 
 
-@program((2, 3, 8, 8), whole=True)
+@program((2, 3, 8, 8), moves={"all_reduce": 3, "halo": 2})
 def convolution_network(m: Parts, x: Tensor) -> Any:
     y = F.conv2d(x, m.mod.weight.view(12, 3, 12)[..., :9].reshape(12, 3, 3, 3), m.w, padding=1)
     y = F.group_norm(F.relu(y), 3, m.w, m.w)
@@ -147,7 +147,7 @@ def normalised_over_tokens(m: Parts, x: Tensor) -> Any:
     return mlp(m, y * m.w) * x.softmax(1)
 
 
-@program(ids(2, 13), labels(ignored=(3, 4)), moves={"all_to_all": 5, "all_reduce": 1})
+@program(ids(2, 13), labels(ignored=(3, 4)), moves={"halo": 2, "all_reduce": 1})
 def language_model_without_attention(m: Parts, i: Tensor, t: Tensor) -> Any:
     x = m.table(i)
     y = F.conv1d(x.mT, m.mat[:, :3].unsqueeze(1), padding=2, groups=12)[..., :13].mT

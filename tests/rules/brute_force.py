@@ -166,6 +166,9 @@ class EagerLocalOp:
             found.append(fill(local, placement, hits.any(1), 0))
         return self.all_reduce(Ranks(found))
 
+    def gather(self, value: Ranks, placement: Sharded, role: str) -> Ranks:
+        return Ranks([glue(value, placement, self.parts)] * self.parts)
+
     def rank(self) -> Ranks:
         return Ranks(torch.tensor([rank]) for rank in range(self.parts))
 

@@ -35,6 +35,26 @@ def cases() -> Iterator[Case]:
     # As many windows as if they lay side by side.
     yield case(aten.conv1d.default, f(2, 3, 12), f(5, 3, 3), None, [3], [1])
     yield case(aten.conv1d.default, f(2, 3, 6), f(5, 3, 3), None, [2])
+    # Windows that overlap, or leave rows out: stride, padding, dilation, groups.
+    for kernel, *rest in (
+        (3, [1], [1]),
+        (3, [2], [1]),
+        (10, [5], [0]),
+        (2, [3], [0]),
+        (4, [1], [2]),
+        (3, [1], [5]),
+        (3, [1], [2], [2]),
+        (3, [3], [2], [2]),
+        (9, [1], [4]),
+    ):
+        yield case(aten.conv1d.default, f(2, 4, 11), f(6, 2, kernel), f(6), *rest, groups=2)
+    yield case(aten.conv1d.default, f(4, 17), f(4, 1, 3), None, [2], [1], groups=4)
+    yield case(aten.conv1d.padding, f(2, 3, 11), f(5, 3, 4), f(5), [1], "same")
+    yield case(aten.conv1d.padding, f(2, 3, 11), f(5, 3, 4), f(5), [2], "valid")
+    yield case(aten.conv2d.default, f(2, 3, 7, 6), f(4, 3, 3, 3), f(4), [1], [1])
+    yield case(aten.conv2d.default, f(3, 7, 9), f(4, 3, 3, 2), f(4), [2, 1], [1, 0])
+    yield case(aten.conv2d.padding, f(2, 3, 7, 6), f(4, 3, 3, 2), None, [1], "same")
+    yield case(aten.conv3d.default, f(2, 3, 5, 4, 6), f(4, 3, 3, 1, 3), None, [1, 1, 2], [1, 0, 1])
     yield case(aten.max_pool2d_with_indices.default, f(2, 3, 8, 6), [2, 1], [2, 1], [0, 0], [2, 1], True)
     yield case(aten.conv2d.default, f(2, 6, 8, 9), f(4, 3, 2, 3), f(4), [2, 3], groups=2)
     yield case(aten.conv2d.default, f(2, 3, 8, 9), f(5, 3, 2, 2), f(5), [2, 1])
