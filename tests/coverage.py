@@ -103,7 +103,7 @@ class Coverage:
             moved = {value.name for planned in graph.plan.sites for value in planned.moved}
             for each in graph.collectives:
                 at_site = each.name.startswith(AT_SITES) or not moved.isdisjoint(each.sources)
-                is_gather = each.op in ("all_gather", "all_gather_replicate")
+                is_gather = each.op in ("all_gather", "all_gather_replicate") and not each.name.startswith("halo_")
                 if is_gather == gathers and not at_site and not each.name.startswith("gather_output_"):
                     found.append((graph, each))
         return found
