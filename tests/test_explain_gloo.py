@@ -124,12 +124,30 @@ class Repeated(nn.Module):
         return x
 
 
+class Stem(nn.Module):
+    """A strided convolution before attention, and a shift by a row after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block = nn.Conv1d(12, 12, 3, 2, 1), Block(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(self.stem(x.mT).mT)
+        return y + nn.functional.pad(y, (0, 0, 1, -1))
+
+
+def grouped() -> tuple[nn.Module, dict[str, Any]]:
+    """Written with `expand`."""
+    return Block(8, 2, "expand"), {"x": torch.randn(1, 16, 12)}
+
+
 def module_of(kind: type[nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
     return kind(), {"x": torch.randn(1, 16, 12)}
 
 
 def launches_with_buckets(options: dict[str, Any]) -> tuple[int, float]:
     """Launches of a step with Inductor, and the largest error of a gradient."""
+    torch.manual_seed(0)
     alone, inputs = block()
     model = copy.deepcopy(alone)
     compiled = torch.compile(model, backend=partial(sp_backend, options=options))
@@ -158,6 +176,8 @@ CASES: dict[str, tuple[Callable[[], tuple[nn.Module, dict[str, Any]]], dict[str,
     "replicated": (block, {"attention": "replicate"}),
     "an input with a gradient": (partial(block, requires_grad=True), {}),
     "frozen parameters": (frozen, {}),
+    "8 heads on 2 KV heads": (grouped, {}),
+    "halos": (partial(module_of, Stem), {}),
     "bfloat16": (halves, {}),
     "extremes": (partial(module_of, Extremes), {}),
     "a graph break": (partial(module_of, Broken), {}),
@@ -203,6 +223,14 @@ def test_explain_says_what_two_ranks_move(gloo2: GlooPool, case: str) -> None:
     for real in gloo2.run(measured, case, "aot_eager"):
         assert real == explained(case)
     assert real[0] > 0
+
+
+def test_grouped_kv_heads_travel_before_they_are_repeated(gloo2: GlooPool) -> None:
+    """q, 2 KV heads of k and of v in one launch, the output in one, and what the model returns."""
+    rows, width = 16 // 2, 4 * 4  # of a rank; bytes of a head
+    sent = rows * (8 + 2 + 2) * width // 2, rows * 8 * width // 2, rows * 12 * 4
+    for launches, size, *_ in gloo2.run(measured, "8 heads on 2 KV heads", "aot_eager"):
+        assert (launches, size) == (3, sum(sent))
 
 
 def test_lowered_by_inductor_the_same_is_moved(gloo2: GlooPool) -> None:

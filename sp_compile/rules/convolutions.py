@@ -44,8 +44,10 @@ class Windows:
 
     def halo(self, source: str) -> Halo | None:
         """The rows that a window reads, of the factor `source`; None if they depend on a symbol."""
-        kernel, stride, padding, dilation = (x if isinstance(x, int) else -1 for x in vars(self).values())
-        return Halo(source, (kernel - 1) * dilation + 1, stride, padding) if min(kernel, stride, padding) >= 0 else None
+        reach = size_of((self.kernel - 1) * self.dilation + 1)
+        if not isinstance(reach, int) or not isinstance(self.stride, int) or not isinstance(self.padding, int):
+            return None
+        return Halo(source, reach, self.stride, self.padding)
 
     def side_by_side(self, length: Size, count: Size) -> bool:
         """Whether `count` windows cover `length` rows exactly, without overlap."""
