@@ -147,20 +147,19 @@ def module_of(kind: type[nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
 
 def launches_with_buckets(options: dict[str, Any]) -> tuple[int, float]:
     """Launches of a step with Inductor, and the largest error of a gradient."""
-    torch.manual_seed(0)
-    alone, inputs = block()
+    alone, x = (each.double() for each in (Block(4, 2, "flag"), torch.randn(1, 16, 12)))
     model = copy.deepcopy(alone)
     compiled = torch.compile(model, backend=partial(sp_backend, options=options))
     with counting() as counter:
-        compiled(**inputs).square().sum().backward()
-    alone(**inputs).square().sum().backward()
+        compiled(x).square().sum().backward()
+    alone(x).square().sum().backward()
     pairs = zip(alone.parameters(), model.parameters(), strict=True)
     return counter.launches, max(relative_error(a.grad, b.grad, 1e-2) for a, b in pairs)
 
 
-@pytest.mark.parametrize(("megabytes", "buckets"), [(25, 1), (0.001, 3), (0, 8)])
+@pytest.mark.parametrize(("megabytes", "buckets"), [(25, 1), (0.002, 3), (0, 8)])
 def test_gradients_travel_in_buckets(gloo2: GlooPool, megabytes: float, buckets: int) -> None:
-    """8 parameters of 2,480 bytes; with the exchanges of q, k, v and of the output, both ways, and the output."""
+    """8 parameters of 4,960 bytes; with the exchanges of q, k, v and of the output, both ways, and the output."""
     for launches, error in gloo2.run(
         launches_with_buckets, {"gradient_bucket_mb": megabytes, "overlap": megabytes > 0}
     ):
