@@ -259,19 +259,20 @@ class Halo:
     def layout(self, rows: Layout, size: Size, made: bool) -> Layout | None:
         """How the `size` windows of some rows lie, or for windows that are `made` their rows; None if not in blocks.
 
-        A window stays where its middle row is if that leaves it a place, and goes to blocks of its own otherwise.
+        As near to their middle rows as they fit beside the longest stream of the rows, else in blocks of their own.
         """
-        segment = rows.segments[0]
-        if held_rows(rows, 1) is None or len(rows.segments) > 1:
+        held = held_rows(rows, 1)
+        if held is None or not isinstance(size, int) or (made and len(held) > 1):
             return None
-        if self.stride == 1:
+        at = max(range(len(held)), key=lambda each: held[each].count)
+        segment, span = rows.segments[at], int(rows.segments[at].span)
+        if self.stride == 1 and size <= span:
             middle = (self.reach - 1) // 2 - self.padding
-            before = size_of(segment.before - middle if made else segment.before + middle)
-            after = size_of(segment.span - before - size)
-            uncut = segment.granule == 1 or (before, size) == (segment.before, segment.size)
-            if uncut and int(before) >= 0 and int(after) >= 0:
-                return Layout((Segment(size, segment.granule, before, after),))
-        return whole_layout(size) if segment.granule == 1 else None
+            before = (-middle if made else middle) - held[at].first
+            before = min(max(before, 0), span - size)
+            if segment.granule == 1 or (before, size) == (segment.before, segment.size):
+                return Layout((Segment(size, segment.granule, before, span - size - before),))
+        return whole_layout(size) if all(each.granule == 1 for each in rows.segments) else None
 
 
 Body = Callable[[LocalOp], "fx.Node | tuple[fx.Node, ...]"]

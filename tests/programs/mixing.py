@@ -307,3 +307,21 @@ def two_scans(m: Parts, x: Tensor) -> Any:
 def convolution_of_equal_length(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     return F.conv1d(y.mT, m.mat[:, :3].unsqueeze(1), m.w, padding=1, groups=12).mT * m.w + y
+
+
+@program((2, 30, 12), parts=2, moves={"all_to_all": 8, "halo": 1, "gather_output": 1})
+def convolution_without_its_ends(m: Parts, x: Tensor) -> Any:
+    """As many rows less on both sides as the other operand of the sum."""
+    y = m.block(x)
+    return m.block(F.conv1d(y.mT, m.mod.weight.view(12, 12, 3)).mT + y[:, 1:-1])
+
+
+@program((2, 13, 12), parts=3, moves={"all_to_all": 4, "halo": 2, "gather_output": 1})
+def convolution_of_a_window(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    return F.conv1d(y[:, 1:].mT, m.mod.weight.view(12, 12, 3), padding=1).mT + y[:, :-1]
+
+
+@program((1, 2, 12), parts=4)
+def convolution_of_fewer_rows_than_ranks(m: Parts, x: Tensor) -> Any:
+    return m.block(F.conv1d(x.mT, m.mod.weight.view(12, 12, 3), m.w, padding=1).mT)

@@ -78,6 +78,16 @@ def dense_convolutions(m: Parts, x: Tensor) -> Any:
     return m.head(y.mT + x)
 
 
+@program((2, 39, 12), parts=2, moves={"halo": 3, "gather_output": 1})
+def dilated_causal_convolutions(m: Parts, x: Tensor) -> Any:
+    """A WaveNet."""
+    y, weight = m.norm(x), m.mod.weight.view(12, 12, 3)[..., :2]
+    for dilation in (1, 2, 4):
+        z = F.conv1d(F.pad(y.mT, (dilation, 0)), weight, m.w, dilation=dilation).mT
+        y = y + torch.tanh(z) * torch.sigmoid(m.q(z))
+    return m.head(y)
+
+
 @program((2, 3, 8, 8), moves={"all_reduce": 3, "halo": 2})
 def convolution_network(m: Parts, x: Tensor) -> Any:
     y = F.conv2d(x, m.mod.weight.view(12, 3, 12)[..., :9].reshape(12, 3, 3, 3), m.w, padding=1)
