@@ -74,7 +74,7 @@ def rolls_by_few(m: Parts, x: Tensor) -> Any:
     return (y.roll(1, 1) * m.w, y.roll(-2, 1) * m.w, y.roll(13, 1), y.roll(-14, 1))
 
 
-@program((2, 3, 12), parts=4, moves={"all_to_all": 8, "select_rows": 1, "gather_output": 3})
+@program((2, 3, 12), parts=4, moves={"all_to_all": 7, "gather_output": 4})
 def rolls_by_more_than_a_block(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     return (y.roll(2, 1), y.roll(-1, 1), F.pad(y, (0, 0, 2, -2)), y[:, 2:])
