@@ -66,12 +66,15 @@ def put_work_under_collectives(nodes: list[_Node]) -> list[_Node]:
 
 
 def _memory(nodes: list[_Node]) -> list[int]:
-    """Bytes in use while each node runs."""
-    from torch._inductor.memory import estimate_peak_memory, get_freeable_input_buf
+    """Bytes in use while each node runs. A kernel of Inductor's own writes its results over what is read there last."""
+    from torch._inductor import memory
     from torch._inductor.virtualized import V
 
-    freed = get_freeable_input_buf(nodes, OrderedSet(V.graph.graph_inputs))
-    return estimate_peak_memory(nodes, freed, OrderedSet(V.graph.get_output_names()))[1]
+    freed = memory.get_freeable_input_buf(nodes, OrderedSet(V.graph.graph_inputs))
+    lives, _, _ = memory.compute_memory_timeline(nodes, freed, OrderedSet(V.graph.get_output_names()))
+    _, during = memory.peak_memory_from_buf_info_list(lives, len(nodes))
+    before = memory.live_memory_before_steps_from_buf_info_list(lives, len(nodes))
+    return [during[at] if node.is_extern() else max(before[at], before[at + 1]) for at, node in enumerate(nodes)]
 
 
 def _under_collectives(nodes: Sequence[_Node], fixed: Set[_Node]) -> list[_Node]:

@@ -40,7 +40,7 @@ from torch.distributed.distributed_c10d import GroupName, _get_group_size_by_nam
 from sp_compile.errors import SequenceParallelError
 from sp_compile.sharding import block_rows
 
-LOWERING_VERSION = 6
+LOWERING_VERSION = 7
 """Part of every compile cache key: raise it whenever what an op lowers to changes, or what is in `inductor`."""
 
 _collectives = torch.ops._c10d_functional

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from torch._inductor.utils import run_and_get_code
+from torch.profiler import ProfilerActivity, profile
 
 from sp_compile import inductor, sp_backend
 from sp_compile.inductor import PUT_OFF, put_work_under_collectives
@@ -161,6 +164,29 @@ def test_nothing_is_kept_across_the_peak_of_memory() -> None:
     assert max(memory_of(anyhow)) > max(memory_of(nodes))
     after = [node.name for node in reordered(put_work_under_collectives, nodes)]
     assert after[4:8] == ["h", "x", "g", "x."]
+
+
+def test_memory_is_what_a_step_takes() -> None:
+    """The products make 1, 1 and 4 MiB; `relu`, a kernel of Inductor's own, writes over what it reads last."""
+    seen: list[list[int]] = []
+
+    def look(nodes: list[Any]) -> list[Any]:
+        seen.append(inductor._memory(nodes))
+        return nodes
+
+    def program(x: Tensor, w: Tensor, wide: Tensor) -> Tensor:
+        return torch.relu(torch.relu(x @ w) @ w) @ wide
+
+    settings = {"reorder_for_compute_comm_overlap": True, "reorder_for_compute_comm_overlap_passes": [look]}
+    inputs = [torch.randn(512, columns) for columns in (512, 512, 2048)]
+    compiled = torch.compile(program, options=settings)
+    compiled(*inputs)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        compiled(*inputs)
+    events = sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    used = list(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+    assert [bytes_in_use / 2**20 for bytes_in_use in seen[0]] == [1, 1, 2, 1, 5]
+    assert max(used) == max(seen[0])
 
 
 def products_under_exchanges() -> tuple[int, int]:
