@@ -20,8 +20,8 @@ turn; a rank has one thread.
 Written by hand (llama, vit): rows cut before the embedding, one all-to-all for q, k and v with grouped KV heads beside
 Q, one for the output, rotary tables cut by rank, a loss over my rows. Printed: medians with the middle half of the
 rounds; launches and bytes that a rank receives in a step, counted at the process group; what a step adds to resident
-memory at its peak, the heap trimmed before and what is freed given back at once; the first step, which compiles. The
-exit code is 1 if losses and gradients are not those of one device.
+memory at its peak, the heap trimmed before and what is freed given back at once, the median of three; the first step,
+which compiles. The exit code is 1 if losses and gradients are not those of one device.
 """
 
 import argparse
@@ -58,6 +58,7 @@ TOLERANCE = 1e-4
 CEILING = "ceiling"
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of malloc.h
 LEAST_KEPT, MOST_KEPT = 2**17, 2**25
+STEPS_OF_PEAK = 3
 
 
 # The model, and how it is written by hand
@@ -268,17 +269,22 @@ def keep_freed(kept: int) -> None:
         malloc.mallopt(M_TRIM_THRESHOLD, 2 * kept)
 
 
-def peak_of(step: Callable[[], Tensor]) -> int:
-    """What a step adds to memory at its peak."""
-    if torch.cuda.is_available():
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    reset_peak()
-    before = resident()
-    step()
-    return resident(peak=True) - before
+def peak_of(model: nn.Module, step: Callable[[], Tensor]) -> int:
+    """What a step adds to memory at its peak, gradients too: the median of some steps."""
+    added = []
+    for _ in range(STEPS_OF_PEAK):
+        model.zero_grad()
+        if torch.cuda.is_available():
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            added.append(torch.cuda.max_memory_allocated() - before)
+        else:
+            reset_peak()
+            before = resident()
+            step()
+            added.append(resident(peak=True) - before)
+    return statistics.median_low(added)
 
 
 def training_step(model: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -376,7 +382,7 @@ def measure(options: argparse.Namespace, length: int, group: CountingGroup) -> t
             other.model.zero_grad()
         dist.barrier()
         if dist.get_rank() == 0 or not each.alone:
-            each.peak = peak_of(each.step)
+            each.peak = peak_of(each.model, each.step)
     keep_freed(MOST_KEPT)
     for _ in tqdm(range(options.rounds), desc=f"S = {length}", disable=dist.get_rank() > 0, leave=False):
         for each in timed:
