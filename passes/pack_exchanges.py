@@ -24,7 +24,8 @@ from torch import fx
 from torch.fx._lazy_graph_module import _make_graph_module
 
 from sp_compile.canonicalize import STATE
-from sp_compile.ops import MOVING_OPS, packed_exchange
+from sp_compile.exchange import packed_exchange
+from sp_compile.ops import MOVING_OPS
 from sp_compile.plan import COMPUTED_AGAIN, ShardedGraph
 from sp_compile.rule import argument_defaults
 

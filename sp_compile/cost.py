@@ -35,9 +35,9 @@ from torch.fx.experimental.symbolic_shapes import optimization_hint
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from .exchange import AnyExchange, GatherExchange, KVExchange, read_exchange
 from .graph import GraphRules, operand_nodes
 from .links import Links
-from .ops import AnyExchange, GatherExchange, KVExchange, read_exchange
 from .plan import ShardingPlan
 from .rule import TensorSpec, called_module, named_arguments
 from .rules.grouped import PRODUCTS

@@ -27,9 +27,10 @@ from torch.utils._dtype_abbrs import dtype_abbrs
 
 from .cost import Collective, collectives, planned_flops
 from .errors import user_line
+from .exchange import PACKED
 from .graph import GraphRules
-from .ops import PACKED, ShardedDim
 from .plan import AttentionSite, ShardedGraph, ShardingPlan, SiteOperand
+from .sharded_dim import ShardedDim
 
 log = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from .comparison import is_rounding, nudged, on_rank, relative_error, scale_of
 from .cost import packed_exchanges, sent_by
 from .debug import RewrittenGraph
 from .errors import user_line
+from .exchange import GatherExchange
 from .graph import source_of
-from .ops import GatherExchange
 from .sharding import GroupedHeads, Layout, Placement, Replicated, Segment, Sharded, Size, local_shape, whole_layout
 
 aten = torch.ops.aten

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from .comparison import relative_error
+from .exchange import packed_exchange
 from .group import destroy_sequence_parallel, get_sequence_parallel_group, init_sequence_parallel, rank_tensor
 from .links import Links, measure_links
-from .ops import packed_exchange
 from .sharding import Layout, Segment, whole_layout
 
 _TOLERANCE = 1e-5

@@ -32,7 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,17 +43,15 @@ from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 from torch.utils._dtype_abbrs import dtype_abbrs
 
+from .accounts import Account, Value, explain_accounts
+from .checksums import checksums_of, generator_checksums
 from .config import SequenceParallelConfig
 from .debug import RewrittenGraph, format_graph
-from .errors import ConfigurationError, RankLostError, RankMismatchError, SequenceParallelError
-from .sharded_input import ShardedInput
+from .errors import ConfigurationError, SequenceParallelError
 
 log = logging.getLogger(__name__)
 
 Compiled = Callable[..., Any]
-Account = dict[str, Any]
-"""Where a rank is, as JSON: see `GuardedGraph._account`."""
-
 POLL = 0.05
 """Seconds between two looks at what is under way."""
 
@@ -69,16 +67,6 @@ COMPILING = timedelta(days=1).total_seconds()
 _TRANSPORT = re.compile(r"gloo|nccl|application timeout|connection (closed|reset)|broken pipe|socket", re.IGNORECASE)
 _PLACE = re.compile(r"^# (.*)$", re.MULTILINE)
 _BITS = (1 << 63) - 1
-_ADVICE = "Every rank of an SP group makes the same calls in the same order, with the same inputs."
-
-
-class Value(NamedTuple):
-    """An input of a graph on one rank."""
-
-    name: str
-    kind: str
-    spec: str
-    checksum: int | None
 
 
 class Event:
@@ -170,7 +158,7 @@ class Guard:
                 if group is not None:
                     end_collectives(group)
                 self._close_connections()
-                self._failure = explain(self._accounts(account), self._size, self._store_answers)
+                self._failure = explain_accounts(self._accounts(account), self._size, self._store_answers)
 
     def raise_failure(self) -> None:
         """Raise what this rank has failed of, if it has."""
@@ -476,101 +464,6 @@ def _raises(error: SequenceParallelError) -> Compiled:
     return run
 
 
-def explain(
-    accounts: Mapping[int, Account], size: int, store_answers: bool = True
-) -> tuple[type[SequenceParallelError], str]:
-    """What the accounts of the ranks mean, on whichever rank it is asked; some of `size` ranks may have given none."""
-    absent = [rank for rank in range(size) if rank not in accounts]
-    at: dict[str, list[int]] = {}
-    for rank, account in sorted(accounts.items()):
-        at.setdefault(_where(account), []).append(rank)
-    places = "".join(f"\n  {_ranks(ranks)}: {where}" for where, ranks in at.items())
-    for one, other in itertools.combinations(sorted(accounts), 2):
-        a, b = accounts[one], accounts[other]
-        if a["number"] == b["number"] and a["digest"] != b["digest"]:
-            alike = [r for r in sorted(accounts) if r >= other and accounts[r]["digest"] == b["digest"]]
-            text = f"the ranks of the SP group do not agree:{places}\n{_difference(a, b, one, alike)}"
-            return RankMismatchError, text
-    if absent and not store_answers:
-        return RankLostError, (
-            f"the process that hosts the store of the job, most likely that of global rank 0, has ended:{places}\n"
-            f"What became of {_ranks(absent)} cannot be said without it: look at the output of each, and start all "
-            "ranks anew."
-        )
-    late = [account for account in accounts.values() if account["cause"] == "late"]
-    if late:
-        ahead = [rank for rank, account in sorted(accounts.items()) if account["number"] == late[0]["number"]]
-        missing = [rank for rank in range(size) if rank not in ahead] or ahead
-        silent = f" There is no word of {_ranks(absent)}, where guards may be off." if absent else ""
-        return RankMismatchError, (
-            f"{_ranks(missing)} of the SP group did not come within {late[0]['timeout']:g} s to where {_ranks(ahead)} "
-            f"waited:{places}\n{_ADVICE}{silent} A rank that alone works for longer between two calls, on a checkpoint "
-            "say, needs options={'guard_timeout': seconds}."
-        )
-    gone = sorted(absent + [rank for rank, account in accounts.items() if account["cause"] == "left"])
-    if gone:
-        return RankLostError, (
-            f"{_ranks(gone)} of the SP group ended, or left the group, while others needed it:{places}\nThe cause is "
-            f"in the output of {_ranks(gone)}: an exception, or a process that the system killed for its memory. Then "
-            "start all ranks anew."
-        )
-    texts = sorted({account["text"] for account in accounts.values()} - {""})
-    return RankLostError, (
-        f"the connections of the SP group broke, though all its ranks are alive:{places}\n{' '.join(texts)}".rstrip()
-    )
-
-
-def _where(account: Account) -> str:
-    what: str = account["what"]
-    return what if account["inside"] else f"is elsewhere, last seen where it {what}"
-
-
-def _difference(a: Account, b: Account, one: int, others: Sequence[int]) -> str:
-    """The first thing that differs between two accounts, and what to do."""
-    first, second = f"on rank {one}", f"on {_ranks(others)}"
-    for name, value in a.get("options", {}).items():
-        other = b.get("options", {}).get(name, value)
-        if value != other:
-            return f"Option {name!r} is {value} {first} and {other} {second}: pass the same options on every rank."
-    ours, theirs = ([Value(*value) for value in account.get("values", ())] for account in (a, b))
-    # The size of a tensor may be an input as well, and comes first; the tensor says more.
-    for mine, yours in sorted(zip(ours, theirs, strict=False), key=lambda pair: pair[0].spec.isdigit()):
-        if mine.name == yours.name and mine.spec != yours.spec:
-            return f"{_title(mine)} is {mine.spec} {first} and {yours.spec} {second}. {_ADVICE}"
-    plans = [account.get("plan", "").splitlines() for account in (a, b)]
-    if a.get("does") == b.get("does") and plans[0] == plans[1]:
-        for mine, yours in zip(ours, theirs, strict=False):
-            if mine.checksum != yours.checksum:
-                advice = (
-                    "Seed alike before the model is made, or load one checkpoint."
-                    if mine.kind == "parameter"
-                    else ("All ranks of an SP group work on the same sample: see sp_compile.data.sp_sampler.")
-                )
-                return f"{_title(mine)}, {mine.spec}, has other values {second} than {first}. {advice}"
-        for device, state in (a.get("random") or {}).items():
-            if state != (b.get("random") or {}).get(device):
-                return (
-                    f"The random numbers of {device} are in another state {second} than {first}, and this graph draws "
-                    "some: call torch.manual_seed with the same seed on every rank."
-                )
-    for number, (mine, yours) in enumerate(itertools.zip_longest(*plans, fillvalue="(nothing)"), 1):
-        if mine != yours:
-            return (
-                f"Their graphs differ first in line {number}:\n  rank {one}: {mine}\n  rank {others[0]}: {yours}\n"
-                f"A graph break, a branch or a loop that one rank takes alone does this; "
-                f"TORCH_LOGS=graph_breaks,recompiles shows them. {_ADVICE}"
-            )
-    return _ADVICE
-
-
-def _title(value: Value) -> str:
-    return f"{value.kind.capitalize()} {value.name}"
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
-
-
 def _comparable(config: SequenceParallelConfig) -> dict[str, str]:
     """The options on which ranks have to agree, as text."""
     values = {field.name: getattr(config, field.name) for field in fields(config)}
@@ -622,56 +515,3 @@ def _digest(*parts: Any) -> int:
 def _hash(*numbers: Any) -> int:
     """The same of numbers and tuples of them, in a microsecond: Python salts the hashes of text only."""
     return hash(numbers) & _BITS
-
-
-CHUNK = 1 << 20
-
-
-def checksums_of(values: Sequence[Any]) -> list[int | None]:
-    """A checksum of each dense tensor, bit for bit; None of what is none."""
-    sums: dict[torch.device, list[tuple[int, Tensor]]] = {}
-    with torch.no_grad():
-        for index, value in enumerate(values):
-            if not isinstance(value, Tensor) or isinstance(value, ShardedInput):
-                continue  # of a sharded input every rank has other rows
-            if value.layout == torch.strided and not value.is_meta:
-                sums.setdefault(value.device, []).append((index, checksum(value)))
-        found: list[int | None] = [None] * len(values)
-        for of_device in sums.values():
-            for (index, _), number in zip(of_device, torch.stack([s for _, s in of_device]).tolist(), strict=True):
-                found[index] = number
-    return found
-
-
-def checksum(tensor: Tensor) -> Tensor:
-    """A 0-dimensional int64 on the device of `tensor`: sum of w_i x_i modulo 2^64, x its bits, w pseudo-random."""
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    words = _words(tensor.detach())
-    weights = _weights(min(CHUNK, words.numel()), tensor.device)
-    for number, chunk in enumerate(words.split(CHUNK), 1):
-        total += (chunk.to(torch.int64) * weights[: chunk.numel()]).sum() * (2 * number + 1)
-    return total
-
-
-def _words(tensor: Tensor) -> Tensor:
-    """The bits of a tensor as integers of at most 32: in wider ones a change of two signs could cancel."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    flat = tensor.resolve_neg().contiguous().view(-1)
-    return flat.view({1: torch.uint8, 2: torch.int16}.get(flat.element_size(), torch.int32))
-
-
-def _weights(count: int, device: torch.device) -> Tensor:
-    """Odd numbers without a pattern, so that neither another order nor equal changes cancel (splitmix64)."""
-    x = torch.arange(1, count + 1, dtype=torch.int64, device=device) * -7046029254386353131
-    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return (x ^ ((x >> 31) & ((1 << 33) - 1))) | 1
-
-
-def generator_checksums(values: Sequence[Any]) -> dict[str, int]:
-    """By device type, of the CPU and of the devices that `values` are on: the state of the default generator."""
-    states = {"cpu": torch.get_rng_state()}
-    for kind in sorted({value.device.type for value in values if isinstance(value, Tensor)} - {"cpu", "meta"}):
-        states[kind] = torch.get_device_module(kind).get_rng_state()
-    return {kind: int(checksum(state)) for kind, state in states.items()}

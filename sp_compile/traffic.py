@@ -29,7 +29,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from .cost import packed_bytes, received, sent_by, shared_bytes
 from .graph import leaving_no_symbols
-from .ops import as_transported
+from .transport import as_transported
 
 _LABEL = "sp_compile.traffic"
 _KINDS = ("all_reduce", "all_gather_into_tensor", "all_to_all_single")

@@ -28,9 +28,12 @@ from torch._ops import OpOverload
 
 import sp_compile  # noqa: F401  (registers everything that is patched here)
 from sp_compile import ops
+from sp_compile.exchange import Exchange, GatherReturn, KVHeads
 from sp_compile.rule import Body, OpCall, OpShardingRule
 from sp_compile.rules import grouped, halo, registry
+from sp_compile.sharded_dim import ShardedDim
 from sp_compile.sharding import Sharded
+from sp_compile.transport import as_before
 
 aten = torch.ops.aten
 writer: Any = sys.modules["sp_compile.passes.insert_collectives"]
@@ -382,7 +385,7 @@ def _() -> AbstractContextManager[Any]:
 
 @mutant("padded rows not zeroed in the backward of an all-to-all")
 def _() -> AbstractContextManager[Any]:
-    return patch.object(ops.Exchange, "back", lambda self: ops.Exchange(self.scatter, self.gather, False))
+    return patch.object(Exchange, "back", lambda self: Exchange(self.scatter, self.gather, False))
 
 
 @mutant("padded rows not zeroed in the backward of an all-gather")
@@ -405,18 +408,18 @@ def _() -> AbstractContextManager[Any]:
 
 @mutant("a rank's block off by one granule")
 def _() -> AbstractContextManager[Any]:
-    owned = ops._owned_rows
+    owned = ShardedDim.owned_rows
 
-    def later(layout: ops.ShardedDim, ranks: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    def later(layout: ShardedDim, ranks: Tensor, parts: int) -> tuple[Tensor, Tensor]:
         rows, real = owned(layout, ranks, parts)
         return (rows + layout.granules[0]).clamp(max=layout.outer * layout.rows - 1), real
 
-    return patch.object(ops, "_owned_rows", later)
+    return patch.object(ShardedDim, "owned_rows", later)
 
 
 @mutant("a window begins at the first row of its stream")
 def _() -> AbstractContextManager[Any]:
-    return patch.object(ops.ShardedDim, "before", property(lambda layout: [0] * len(layout.sizes)))
+    return patch.object(ShardedDim, "before", property(lambda layout: [0] * len(layout.sizes)))
 
 
 @mutant("padding keeps the rows that a slice cut off")
@@ -425,23 +428,23 @@ def _() -> AbstractContextManager[Any]:
         local = layout.local(parts)
         return torch.arange(local), torch.ones(local, dtype=torch.bool)
 
-    return patch.object(ops, "_nearest_real", kept)
+    return patch.object(ShardedDim, "nearest_real", kept)
 
 
 @mutant("outer blocks read as one")
 def _() -> AbstractContextManager[Any]:
-    stored = ops._stored_rows
+    stored = ShardedDim.stored_rows
 
-    def flat(layout: ops.ShardedDim, parts: int, device: torch.device) -> Tensor:
-        whole = ops.ShardedDim(layout.dim, 1, [layout.outer * layout.rows], [layout.granules[0]])
+    def flat(layout: ShardedDim, parts: int, device: torch.device) -> Tensor:
+        whole = ShardedDim(layout.dim, 1, [layout.outer * layout.rows], [layout.granules[0]])
         return stored(whole, parts, device) if layout.outer != 1 else stored(layout, parts, device)
 
-    return patch.object(ops, "_stored_rows", flat)
+    return patch.object(ShardedDim, "stored_rows", flat)
 
 
 @mutant("padded query heads keep their gradient")
 def _() -> AbstractContextManager[Any]:
-    return patch.object(ops._KVHeads, "query", lambda self, rank: (rank * self.per_rank).repeat(self.per_rank))
+    return patch.object(KVHeads, "query", lambda self, rank: (rank * self.per_rank).repeat(self.per_rank))
 
 
 @mutant("an extremum gives its whole gradient to each winner")
@@ -466,9 +469,9 @@ def _() -> AbstractContextManager[Any]:
 @mutant("the gradient of gathered rows is that of one rank")
 def _() -> AbstractContextManager[Any]:
     def join(self: Any, pieces: Tensor, rank: Any, parts: int, dtype: torch.dtype) -> Tensor:
-        return ops._as_before(pieces, dtype)[0]
+        return as_before(pieces, dtype)[0]
 
-    return patch.object(ops._GatherReturn, "join", join)
+    return patch.object(GatherReturn, "join", join)
 
 
 @mutant("grouped rows: any op keeps to its rows")

@@ -27,6 +27,7 @@ from sp_compile import (
     rewritten_graphs,
     sp_backend,
 )
+from sp_compile.exchange import Exchange
 from sp_compile.simulation import fake_world
 
 from .equivalence import assert_equivalent, collectives, differences, run_simulated, step
@@ -265,8 +266,8 @@ def _no_sum(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return grad, None
 
 
-def _repeating(exchange: ops.Exchange) -> ops.Exchange:
-    return ops.Exchange(exchange.scatter, exchange.gather)
+def _repeating(exchange: Exchange) -> Exchange:
+    return Exchange(exchange.scatter, exchange.gather)
 
 
 def _unmasked(x: Tensor, dim: int, keep: Tensor, fill: float = 0) -> Tensor:
@@ -280,9 +281,9 @@ def test_standing_controls_are_noticed(mutant: str, monkeypatch: pytest.MonkeyPa
     if mutant == "replicate backward":
         monkeypatch.setattr(ops._Replicate, "backward", staticmethod(_no_sum))
     elif mutant == "exchange backward":
-        monkeypatch.setattr(ops.Exchange, "back", _repeating)
+        monkeypatch.setattr(Exchange, "back", _repeating)
     elif mutant == "padding mask":
-        monkeypatch.setattr(ops, "_fill", _unmasked)
+        monkeypatch.setattr(ops, "fill_rows", _unmasked)
     else:
         writer = sys.modules["sp_compile.passes.insert_collectives"]
         monkeypatch.setattr(writer, "_has_value", lambda node: True)

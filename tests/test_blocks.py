@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from sp_compile.ops import ShardedDim, _nearest_real, _owned_rows, _stored_rows
+from sp_compile.sharded_dim import ShardedDim
 from sp_compile.sharding import Layout, Segment, block_rows, block_size
 
 
@@ -94,12 +94,12 @@ def check(spec: Blocks, parts: int) -> None:
     """The index arithmetic of the ops says what the specification says."""
     expected = spec.rows(parts)
     for rank in range(parts):
-        rows, real = _owned_rows(spec.layout, torch.tensor([rank]), parts)
+        rows, real = spec.layout.owned_rows(torch.tensor([rank]), parts)
         assert [*zip(rows.tolist(), real.tolist(), strict=True)] == expected[rank]
-    every, _ = _owned_rows(spec.layout, torch.arange(parts), parts)
+    every, _ = spec.layout.owned_rows(torch.arange(parts), parts)
     assert every.tolist() == [row for rows in expected for row, _ in rows]
     flat = [row if real else None for rows in expected for row, real in rows]
-    stored = _stored_rows(spec.layout, parts, torch.device("cpu"))
+    stored = spec.layout.stored_rows(parts, torch.device("cpu"))
     assert stored.tolist() == [flat.index(row) for row in range(spec.outer * sum(spec.sizes))]
 
 
@@ -171,7 +171,7 @@ def test_specification_puts_back_what_it_cuts(spec: Blocks, parts: int) -> None:
 def test_padding_is_refilled_with_a_real_row_of_its_segment(spec: Blocks, parts: int) -> None:
     spec = replace(spec, outer=1)
     for rank, rows in enumerate(spec.rows(parts)):
-        nearest, present = _nearest_real(spec.layout, torch.tensor([rank]), parts)
+        nearest, present = spec.layout.nearest_real(torch.tensor([rank]), parts)
         start = 0
         for block in spec.layout.blocks(parts):
             mine = rows[start : start + block]
@@ -181,5 +181,5 @@ def test_padding_is_refilled_with_a_real_row_of_its_segment(spec: Blocks, parts:
                 if real:
                     assert int(nearest[at]) == min(real, key=lambda row: abs(row - at))
             start += block
-    everywhere = all(_nearest_real(spec.layout, torch.tensor([rank]), parts)[1].all() for rank in range(parts))
+    everywhere = all(spec.layout.nearest_real(torch.tensor([rank]), parts)[1].all() for rank in range(parts))
     assert spec.layout.each_rank_has_rows(parts) == everywhere

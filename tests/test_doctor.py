@@ -15,6 +15,7 @@ from torch import Tensor
 from sp_compile import ops
 from sp_compile.__main__ import main
 from sp_compile.doctor import CHECKS, Diagnosis, doctor
+from sp_compile.sharded_dim import ShardedDim
 
 from .gloo_pool import GlooPool
 from .mutants import MUTANTS
@@ -38,7 +39,7 @@ def test_an_op_that_is_wrong_and_one_that_raises(capsys: pytest.CaptureFixture[s
     def twice(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return 2 * grad, None
 
-    with patch.object(ops._Replicate, "backward", staticmethod(twice)), patch.object(ops, "_cut", None):
+    with patch.object(ops._Replicate, "backward", staticmethod(twice)), patch.object(ShardedDim, "cut", None):
         assert main(["doctor"]) == 1
     lines = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
     assert lines["replicate"].endswith("WRONG") and "TypeError" in lines["shard"]

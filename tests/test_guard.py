@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from sp_compile import RankLostError, RankMismatchError, rewritten_graphs, sp_backend
-from sp_compile.guard import CHUNK, _draws, checksum, checksums_of, explain
+from sp_compile.accounts import explain_accounts
+from sp_compile.checksums import CHUNK, checksum, checksums_of
+from sp_compile.guard import _draws
 from sp_compile.simulation import simulate
 
 from .test_passes import Block
@@ -80,7 +82,7 @@ def account(number: int = 4, digest: int = 1, cause: str = "lost", **more: Any) 
 
 def test_all_ranks_that_differ_are_named() -> None:
     with_x = [account(values=[["x", "input", "f32[2]", sum]], digest=sum) for sum in (7, 7, 8, 8)]
-    kind, text = explain(dict(enumerate(with_x)), 4)
+    kind, text = explain_accounts(dict(enumerate(with_x)), 4)
     assert kind is RankMismatchError
     assert "Input x, f32[2], has other values on ranks 2, 3 than on rank 0." in text
     assert "ranks 0, 1, 2, 3: calls graph_0" in text
@@ -88,7 +90,7 @@ def test_all_ranks_that_differ_are_named() -> None:
 
 def test_who_is_late_and_who_was_seen() -> None:
     known = {0: account(cause="late"), 1: account(3, 9, "told", inside=False), 3: account()}
-    kind, text = explain(known, 4)
+    kind, text = explain_accounts(known, 4)
     assert kind is RankMismatchError
     assert text.startswith("ranks 1, 2 of the SP group did not come within 5 s to where ranks 0, 3 waited:")
     assert "rank 1: is elsewhere, last seen where it calls graph_0" in text
@@ -96,15 +98,17 @@ def test_who_is_late_and_who_was_seen() -> None:
 
 
 def test_who_has_gone() -> None:
-    kind, text = explain({0: account(), 1: account(5, 3, "left", what="raised ValueError where it calls graph_0")}, 3)
+    kind, text = explain_accounts(
+        {0: account(), 1: account(5, 3, "left", what="raised ValueError where it calls graph_0")}, 3
+    )
     assert kind is RankLostError
     assert text.startswith("ranks 1, 2 of the SP group ended, or left the group, while others needed it:")
-    kind, text = explain({0: account(text="a cable"), 1: account()}, 2)
+    kind, text = explain_accounts({0: account(text="a cable"), 1: account()}, 2)
     assert kind is RankLostError and "broke, though all its ranks are alive" in text and "a cable" in text
 
 
 def test_without_the_store_nobody_is_accused() -> None:
-    kind, text = explain({1: account()}, 3, store_answers=False)
+    kind, text = explain_accounts({1: account()}, 3, store_answers=False)
     assert kind is RankLostError and "global rank 0, has ended" in text
     assert "What became of ranks 0, 2 cannot be said" in text
 

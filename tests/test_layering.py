@@ -14,6 +14,9 @@ LAYERS = (
     {
         "sharding",
         "rule",
+        "sharded_dim",
+        "transport",
+        "exchange",
         "ops",
         "random_ops",
         "config",
@@ -26,6 +29,8 @@ LAYERS = (
         "sharded_input",
         "inductor",
         "capture",
+        "accounts",
+        "checksums",
     },
     {"rules", "graph", "plan", "homes", "cost", "traffic", "functional", "data"},
     {"passes"},

@@ -20,6 +20,7 @@ from torch.library import opcheck
 from sp_compile import ops
 from sp_compile.errors import SequenceParallelError
 from sp_compile.group import get_sequence_parallel_group
+from sp_compile.sharded_dim import ShardedDim
 from sp_compile.simulation import fake_world, simulate
 from tests.test_blocks import Blocks
 
@@ -233,8 +234,8 @@ def test_every_dtype_moves(dtype: torch.dtype) -> None:
 def test_control_a_gradient_padded_by_repetition_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = ops._Shard.forward
     monkeypatch.setattr(ops._Shard, "forward", staticmethod(lambda ctx, *args: right(ctx, *args[:4], False)))
-    cut = ops._cut_for_all
-    monkeypatch.setattr(ops, "_cut_for_all", lambda x, layout, parts, zero: cut(x, layout, parts, False))
+    cut = ShardedDim.cut_for_all
+    monkeypatch.setattr(ShardedDim, "cut_for_all", lambda layout, x, parts, zero: cut(layout, x, parts, False))
     with pytest.raises(AssertionError):
         check(name, 3)
 
@@ -469,8 +470,8 @@ def test_inductor_finds_every_stored_row(sizes: tuple[int, ...]) -> None:
     for parts in (2, 3):
         layout, device = Blocks(0, sizes).layout, torch.device("cpu")
         torch._dynamo.reset()
-        found = torch.compile(lambda: ops._stored_rows(layout, parts, device))()  # noqa: B023
-        assert torch.equal(found, ops._stored_rows(layout, parts, device))
+        found = torch.compile(lambda: layout.stored_rows(parts, device))()  # noqa: B023
+        assert torch.equal(found, layout.stored_rows(parts, device))
 
 
 def test_pre_dispatch_graphs_keep_the_op_whole() -> None:
