@@ -40,7 +40,12 @@ from .group import current_epoch, cuts_graphs_for_ddp, mesh_of, rank_tensor, res
 from .guard import guard_graph
 from .inductor import inductor_settings
 from .ops import LOWERING_VERSION
-from .passes import find_attention, find_mixers, insert_collectives, outline_experts, pack_exchanges, propagate
+from .passes.find_attention import find_attention
+from .passes.find_mixers import find_mixers
+from .passes.insert_collectives import insert_collectives
+from .passes.outline_experts import outline_experts
+from .passes.pack_exchanges import pack_exchanges
+from .passes.propagate import propagate
 from .plan import AttentionSite, Fallback, LeavingOutput, ShardedGraph, ShardingPlan, SiteOperand
 from .rule import TensorSpec
 from .rules import stays_whole
