@@ -45,12 +45,18 @@ class AttentionRoles:
 _RULES: dict[Op, RuleFunction] = {}
 _WHOLE: dict[Op, Whole] = {}
 _DECOMPOSED: dict[Op, Predicate] = {}
+_TAKES_EMPTY: set[Op] = set()
 ATTENTION: dict[object, AttentionRoles] = {}
 """The ops that are an attention by themselves."""
 
 
-def rule(*targets: Op, because: str = "", until: str = "") -> Callable[[RuleFunction], RuleFunction]:
-    """Register a function from a call to its rule, and why its `!` factors have to be whole."""
+def rule(
+    *targets: Op, because: str = "", until: str = "", takes_empty: bool = False
+) -> Callable[[RuleFunction], RuleFunction]:
+    """Register a function from a call to its rule, and why its `!` factors have to be whole.
+
+    It is not asked for a call of which an operand has no elements, unless it `takes_empty` ones.
+    """
 
     def register(function: RuleFunction) -> RuleFunction:
         for target in targets:
@@ -59,6 +65,8 @@ def rule(*targets: Op, because: str = "", until: str = "") -> Callable[[RuleFunc
             _RULES[target] = function
             if because or until:
                 _WHOLE[target] = Whole(because, until)
+            if takes_empty:
+                _TAKES_EMPTY.add(target)
         return function
 
     return register
@@ -106,7 +114,8 @@ def stays_whole(target: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> b
 def rule_for(call: OpCall) -> OpShardingRule | None:
     """The rule of one call, or None if it has to run on whole values."""
     mutates = isinstance(call.target, OpOverload) and call.target._schema.is_mutable
-    if mutates or any(size == 0 for spec in call.operands for size in spec.shape):
+    is_empty = any(size == 0 for spec in call.operands for size in spec.shape)
+    if mutates or (is_empty and call.target not in _TAKES_EMPTY):
         return None
     function = _RULES.get(call.target)
     if isinstance(call.target, GraphModule):

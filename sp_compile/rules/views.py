@@ -195,13 +195,21 @@ def repeat_interleave_rule(call: OpCall) -> OpShardingRule | None:
 # Streams laid end to end, and taken apart
 
 
-@rule(aten.cat.default)
+def _streams(specs: Sequence[TensorSpec], at: int) -> list[tuple[str, ...]]:
+    """What dimension `at` of each is: a stream of its own, or nothing if it has no rows."""
+    return [(f"j{index}",) if spec.shape[at] != 0 else () for index, spec in enumerate(specs)]
+
+
+@rule(aten.cat.default, takes_empty=True)
 def cat_rule(call: OpCall) -> OpShardingRule | None:
-    """`s, t -> [s | t]`: each rank lays its blocks end to end."""
+    """`s, t -> [s | t]`: each rank lays its blocks end to end. What has no rows of its own is no stream."""
     dims = plain(call.operands[0].shape)
     (at,) = wrap(call["dim"], len(dims))
-    streams = [f"j{index}" for index in range(len(call.operands))]
-    operands = [[*dims[:at], (stream,), *dims[at + 1 :]] for stream in streams]
+    rows = _streams(call.operands, at)
+    streams = [factor for dim in rows for factor in dim]
+    if not streams or any(size == 0 for spec in call.operands for d, size in enumerate(spec.shape) if d != at):
+        return None
+    operands = [[*dims[:at], dim, *dims[at + 1 :]] for dim in rows]
     joined = Joined(tuple(streams)) if len(streams) > 1 else (streams[0],)
     return fit(call, operands, [[*dims[:at], joined, *dims[at + 1 :]]], movement=True)
 
@@ -220,20 +228,19 @@ def split_rule(call: OpCall) -> OpShardingRule | None:
     """`[s | t] -> s, t`: local where the blocks were cut stream by stream."""
     dims = plain(call.operands[0].shape)
     (at,) = wrap(call["dim"], len(dims))
-    if any(spec.shape[at] == 0 for spec in _specs(call)):
-        return None
-    streams = [f"j{index}" for index in range(len(_specs(call)))]
+    rows = _streams(_specs(call), at)
+    streams = [factor for dim in rows for factor in dim]
 
     def split(local: LocalOp) -> tuple[fx.Node, ...]:
-        blocks = [p.layout.local_size(local.parts) for p in local.results if isinstance(p, Sharded)]
+        blocks = [p.layout.local_size(local.parts) if isinstance(p, Sharded) else 0 for p in local.results]
         sizes = [local.size(block) for block in blocks]
         pieces = local.emit(aten.split_with_sizes.default, local.operand(0), sizes, at)
         return tuple(local.emit(getitem, pieces, index) for index in range(len(blocks)))
 
-    results = [[*dims[:at], (stream,), *dims[at + 1 :]] for stream in streams]
-    if len(streams) == 1:
+    results = [[*dims[:at], dim, *dims[at + 1 :]] for dim in rows]
+    if len(rows) == 1:
         return fit(call, results, results, movement=True)
-    operand = [*dims[:at], Joined(tuple(streams)), *dims[at + 1 :]]
+    operand = [*dims[:at], Joined(tuple(streams)) if len(streams) > 1 else (streams[0],), *dims[at + 1 :]]
     return fit(call, [operand], results, movement=True, bodies=dict.fromkeys(streams, split))
 
 

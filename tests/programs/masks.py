@@ -73,6 +73,15 @@ def rope_half(m: Parts, x: Tensor) -> Any:
     return m.o(m.join(F.scaled_dot_product_attention(rope(q, p), rope(k, p), v, is_causal=True)))
 
 
+@program(X, moves={"all_to_all": 4, "gather_output": 1})
+def rope_of_all_channels_beside_none(m: Parts, x: Tensor) -> Any:
+    q, k, v = (m.split(f(x)) for f in (m.q, m.k, m.v))
+    p = torch.arange(x.shape[1])
+    q = torch.cat([rope(q[..., :4], p), q[..., 4:]], -1)
+    turned, left = k.split([4, 0], -1)
+    return m.o(m.join(F.scaled_dot_product_attention(q, torch.cat([left, rope(turned, p)], -1), v)))
+
+
 @program(X, ids(2, 13))
 def rope_inter_b(m: Parts, x: Tensor, p: Tensor) -> Any:
     q, k, v = (m.split(f(x)) for f in (m.q, m.k, m.v))
