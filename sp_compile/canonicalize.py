@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -181,7 +182,7 @@ def _drop_empty_operands(cat: Node) -> None:
     value = cat.meta["val"]
     if len(full) == len(operands) or not full or value.dim() == 1:
         return
-    if len(full) > 1 and all(x.meta["val"].dtype == value.dtype for x in full):
+    if len(full) > 1 and reduce(torch.promote_types, [x.meta["val"].dtype for x in full]) == value.dtype:
         cat.args = (full, *cat.args[1:])
     elif len(full) == 1:
         cat.target, cat.args, cat.kwargs = aten.clone.default, (full[0],), {}

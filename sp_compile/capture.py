@@ -57,7 +57,7 @@ aten = torch.ops.aten
 
 Keep = Callable[[OpOverload | HigherOrderOperator, tuple[Any, ...], dict[str, Any]], bool]
 
-_NO_EFFECT = (torch._C._log_api_usage_once, predispatch.lazy_load_decompositions, SDPA_BACKEND)
+_NO_EFFECT = (torch._C._log_api_usage_once, predispatch.lazy_load_decompositions, SDPA_BACKEND, torch.broadcast_shapes)
 _DROPOUTS = (
     aten.dropout.default,
     aten.alpha_dropout.default,

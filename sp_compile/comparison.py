@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._local_tensor import LocalIntNode, LocalTensor
+from torch.distributed._local_tensor import LocalIntNode, LocalTensor, enabled_local_tensor_mode
+
+from .checksums import checksums_of
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def step(call: Callable[..., Any], model: Any, args: Sequence[Any], kwargs: Mapp
     The loss is the output of that name.
     """
     before = states((model, tuple(args), dict(kwargs)))
-    versions = {name: value._version for name, value in before}
+    marks = _marks(before)
     inputs = [(name, value) for name, value in before if name.startswith("input ")]
     result = call(*args, **kwargs)
     module = module_of(model)
@@ -113,11 +115,21 @@ def step(call: Callable[..., Any], model: Any, args: Sequence[Any], kwargs: Mapp
     if isinstance(loss, Tensor) and loss.requires_grad and trained:
         gradients = torch.autograd.grad(loss, [value for _, value in trained], allow_unused=True)
         values |= {f"grad {name}": gradient for (name, _), gradient in zip(trained, gradients, strict=True)}
-    written = frozenset(name for name, value in before if value._version != versions[name])
+    written = frozenset(name for name, mark in _marks(before).items() if mark != marks[name])
     values |= {f"{name} afterwards": value for name, value in inputs if name in written}
     values |= dict(states((model, (), {})))
     detached = {name: value.detach() if isinstance(value, Tensor) else value for name, value in values.items()}
     return Step(detached, written)
+
+
+def _marks(found: Sequence[tuple[str, Tensor]]) -> dict[str, tuple[int, int | None]]:
+    """What changes when a state is written to: its version, or, as BatchNorm's statistics keep theirs, its checksum.
+
+    Not that of simulated ranks, of whom each has its own.
+    """
+    values = [value for _, value in found]
+    sums = [None] * len(values) if enabled_local_tensor_mode() else checksums_of(values)
+    return {name: (value._version, number) for (name, value), number in zip(found, sums, strict=True)}
 
 
 def _projection(x: Tensor) -> Tensor:

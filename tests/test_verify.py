@@ -57,6 +57,23 @@ class Stateful(nn.Module):
         return {"y": y, "best": y.argmax(-1), "nothing": None, "length": x.shape[1], "deep": [(y.sum(1), "text")]}
 
 
+class Normed(nn.Module):
+    """Nothing to shard, and statistics that eager BatchNorm writes without a new version of theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(12).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm((x + torch.ones(12, dtype=x.dtype)).mT)
+        return y
+
+
+def test_statistics_are_of_each_rank_where_nothing_is_sharded() -> None:
+    verification = verify(Normed(), tokens(), sp_size=3)
+    assert not verification.wrong and "buffer norm.running_mean" in verification.errors
+
+
 def test_a_model_with_states_is_verified_and_left_as_it_was() -> None:
     model, x = Stateful(), tokens()
     model(x, scale=1.0)["y"].square().sum().backward()

@@ -203,12 +203,14 @@ def _streams(specs: Sequence[TensorSpec], at: int) -> list[tuple[str, ...]]:
 @rule(aten.cat.default, takes_empty=True)
 def cat_rule(call: OpCall) -> OpShardingRule | None:
     """`s, t -> [s | t]`: each rank lays its blocks end to end. What has no rows of its own is no stream."""
-    dims = plain(call.operands[0].shape)
+    (made,) = _specs(call)
+    dims = plain(made.shape)
     (at,) = wrap(call["dim"], len(dims))
+    # A vector without elements is laid to tensors of any shape.
+    if any(len(spec.shape) != len(dims) for spec in call.operands) or 0 in made.shape:
+        return None
     rows = _streams(call.operands, at)
     streams = [factor for dim in rows for factor in dim]
-    if not streams or any(size == 0 for spec in call.operands for d, size in enumerate(spec.shape) if d != at):
-        return None
     operands = [[*dims[:at], dim, *dims[at + 1 :]] for dim in rows]
     joined = Joined(tuple(streams)) if len(streams) > 1 else (streams[0],)
     return fit(call, operands, [[*dims[:at], joined, *dims[at + 1 :]]], movement=True)

@@ -161,6 +161,15 @@ def experts_from_the_last(m: Parts, x: Tensor) -> Any:
 
 
 @program(X, whole=True)
+def experts_sorted_by_a_copy_of_the_ids(m: Parts, x: Tensor) -> Any:
+    """Sorted as int32, counted as they were chosen."""
+    tokens, weights, ids = routed(m, x)
+    order = ids.int().argsort(stable=True)
+    rows = grouped(m, tokens[order // USES], ends_of(ids)) * weights[order, None]
+    return mixed(tokens, rows[undone(order)], x)
+
+
+@program(X, whole=True)
 def experts_half_undone(m: Parts, x: Tensor) -> Any:
     """Rows go back by the order itself, which undoes nothing."""
     tokens, weights, ids = routed(m, x)
@@ -175,7 +184,7 @@ def gated(m: Parts, x: Tensor) -> Any:
     tokens, gate = y.flatten(0, 1), m.mod(y.mean(1))[:, :12]
     scores = m.head(tokens)[:, :EXPERTS].softmax(-1)
     weights, ids = scores.amax(-1), scores.argmax(-1)
-    order = ids.int().argsort(stable=True)
+    order = ids.argsort(stable=True)
     rows = grouped(m, tokens[order], ends_of(ids)) * weights[order, None] * gate[order // x.shape[1]]
     return y + rows[undone(order)].view(x.shape)
 

@@ -59,6 +59,35 @@ def an_empty_stream(m: Parts, x: Tensor, t: Tensor) -> Any:
     return (y, y[:, :0], y[:, 13:].sum(1))
 
 
+@program(X)
+def an_empty_vector_beside_two_dtypes(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    return (torch.cat([torch.empty(0), y > 0, y], -1), torch.cat([y, y > 1, torch.empty(0)], 1))
+
+
+@program(X, whole=True)
+def an_empty_vector_that_tells_the_dtype(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    return (y, torch.cat([torch.empty(0), y > 0, y < 1], -1))
+
+
+@program(X, whole=True)
+def streams_without_rows(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    none, all_rows = y.split([0, 13], 1)
+    return (torch.cat([y[:, :0], all_rows, none], 1), torch.cat([none, none], 1))
+
+
+@program(X)
+def a_shape_from_broadcast_shapes(m: Parts, x: Tensor) -> Any:
+    return m.block(x) + m.w.expand(torch.broadcast_shapes(x.shape, (1, 12)))
+
+
+@program(X, dynamic=True)
+def a_shape_from_broadcast_shapes_of_any_length(m: Parts, x: Tensor) -> Any:
+    return m.block(x) + m.w.expand(torch.broadcast_shapes(x.shape, (1, 12)))
+
+
 @program((1, 13, 4), heads=1, parts=4, moves={"gather_seq": 2, "gather_output": 1})
 def one_head_on_four(m: Parts, x: Tensor) -> Any:
     return m.block(x, is_causal=True)
