@@ -121,7 +121,7 @@ class _Planner(PlannedSoFar):
         self.homes: dict[tuple[fx.Node, int], Placement] = dict(self.marks)
         self.nodes.update({node: NodePlan(OpSharding("", (), (home,)), (home,)) for node, home in inputs.items()})
         self.homes |= {(node, 0): home for node, home in inputs.items()}
-        self.attend: list[SitePlan] = []
+        self.site_plans: list[SitePlan] = []
         self.fallbacks: list[Fallback] = []
 
     def plan(self) -> ShardingPlan:
@@ -133,7 +133,7 @@ class _Planner(PlannedSoFar):
                 self.nodes.update({each: plan for each, plan in region.nodes.items() if each in self.nodes})
                 self.site_planner.begin_beside(self.sites[node], region.nodes)
                 moved = self.site_planner.moved(self.sites[node], region.nodes)
-                self.attend.append(SitePlan(self.sites[node], region.strategy, region.reason, moved))
+                self.site_plans.append(SitePlan(self.sites[node], region.strategy, region.reason, moved))
                 planned |= region.nodes
             if isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
                 continue  # numbers are those of the global shapes
@@ -145,7 +145,7 @@ class _Planner(PlannedSoFar):
                 seen = self.nodes[source].delivered if source in self.nodes else ()
                 self.nodes[node] = NodePlan(None, (seen[index] if index < len(seen) else REPLICATED,))
         self._build_masks_locally()
-        return ShardingPlan(self.parts, self.nodes, tuple(self.attend), tuple(self.fallbacks))
+        return ShardingPlan(self.parts, self.nodes, tuple(self.site_plans), tuple(self.fallbacks))
 
     def _build_masks_locally(self) -> None:
         """What is as large as a mask of all pairs of rows and cut by all who use it is made as `[S/P, S]`.

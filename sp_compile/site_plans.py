@@ -42,6 +42,7 @@ class PlannedSoFar:
         self.nodes: dict[fx.Node, NodePlan] = {}
 
     def placement(self, node: fx.Node) -> Placement:
+        """What the consumers of a value see, as far as it is planned."""
         return self.nodes[node].delivered[0] if node in self.nodes else REPLICATED
 
     def placements(self, node: fx.Node) -> list[Placement]:
@@ -103,6 +104,7 @@ class SitePlanner:
         self.attention, self.links = attention, links
 
     def plan(self, site: AttentionSite) -> Region:
+        """The way that is asked for, or, of those that every op of the site passes, the one that takes the least time."""
         first = site.nodes[0]
         rule, placements = self.rules.rule(first), self.so_far.placements(first)
         assert rule is not None

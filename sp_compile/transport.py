@@ -37,6 +37,7 @@ def as_before(data: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def moved(move: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`x` after a move that looks at no value, in a dtype that it may be sent in."""
     return as_before(move(as_transported(x)), x.dtype)
 
 
@@ -82,6 +83,7 @@ def sent_together(pieces: Sequence[Tensor], group: str) -> list[Tensor]:
 
 
 def all_reduced(x: Tensor, kind: str, group: str) -> Tensor:
+    """The sum, max or min over ranks, of a dtype that transports take."""
     return arrived(_collectives.all_reduce(x.contiguous(), kind, group))
 
 
