@@ -104,7 +104,7 @@ class SitePlanner:
         self.attention, self.links = attention, links
 
     def plan(self, site: AttentionSite) -> Region:
-        """The way that is asked for, or, of those that every op of the site passes, the one that takes the least time."""
+        """The way that is asked for, or of those that every op of the site passes the fastest."""
         first = site.nodes[0]
         rule, placements = self.rules.rule(first), self.so_far.placements(first)
         assert rule is not None
