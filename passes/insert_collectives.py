@@ -320,6 +320,9 @@ class _Writer:
             verb = "slice" if value.op == "placeholder" else "shard"
             return self._named(self._on_dim(sp.shard.default, local, target), role or f"{verb}_{name}", value)
         if isinstance(source, Sharded) and isinstance(target, Replicated):
+            if 0 in self.rules.shape(value):  # no elements to send: as many of none as the whole has
+                of_none = self.emit(aten.new_zeros.default, local, [self.size(source.layout.size)], dtype=torch.int64)
+                return self.emit(aten.index_select.default, local, source.dim, of_none)
             role = role or self.roles.get((value, "all_gather"), f"all_gather_{name}")
             return self._named(self._on_dim(sp.all_gather.default, local, source), role, value)
         if isinstance(source, Sharded) and isinstance(target, Sharded) and source.dim != target.dim:

@@ -8,13 +8,14 @@
     k_w = sp.all_gather(k, S(2: 32))                       →    k_s = sp.all_gather_replicate(k, S(2: 32))
     k_s = sp.replicate(k_w)                                     backward is one reduce-scatter, and gathers again
 
-An exchange joins the one before it where its operand is there when that one starts, and no other collective, gradient
-mode or autocast comes between: nothing waits longer than it did, and the order of collectives is that of the graph.
+An exchange joins the one before it where its operand is there when that one starts, or is moved there by no more than
+pointwise work and views, and no other collective, gradient mode or autocast comes between. So nothing waits for a
+product of matrices that it did not wait for, and the order of collectives is that of the graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from operator import getitem
 from typing import Any
@@ -24,6 +25,7 @@ from torch import fx
 from torch.fx._lazy_graph_module import _make_graph_module
 
 from sp_compile.canonicalize import STATE
+from sp_compile.cost import contraction_flops
 from sp_compile.exchange import packed_exchange
 from sp_compile.ops import MOVING_OPS
 from sp_compile.plan import COMPUTED_AGAIN, ShardedGraph
@@ -43,12 +45,12 @@ def pack_exchanges(sharded: ShardedGraph) -> ShardedGraph:
     origins = dict(sharded.origins)
     rank = old.find_nodes(op="placeholder")[-1]
     packed = {member for pack in packs.values() for member in pack}
-    for node in old.nodes:
+    for node in _early_enough(old, packs):
         if node in packs:
             sent = _send(graph, packs[node], copies, copies[rank])
             origins[sent.name] = origins[node.name]
-        elif node.target is _REPLICATE and node.args[0] in packed:
-            copies[node] = copies[node.args[0]]
+        elif node.target is _REPLICATE and node.all_input_nodes[0] in packed:
+            copies[node] = copies[node.all_input_nodes[0]]
         elif node not in packed:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.lint()
@@ -66,9 +68,7 @@ def find_packs(graph: fx.Graph) -> list[tuple[fx.Node, ...]]:
     may_join = False
     for node in graph.nodes:
         if node.target in _EXCHANGES or _is_replicated(node):
-            first = packs[-1][0] if may_join else node
-            early = all(position[each] < position[first] for each in node.all_input_nodes)
-            if may_join and early:
+            if may_join and all(map(_is_cheap, _between(packs[-1][0], node, position))):
                 packs[-1].append(node)
             else:
                 packs.append([node])
@@ -76,6 +76,36 @@ def find_packs(graph: fx.Graph) -> list[tuple[fx.Node, ...]]:
         elif node.target in MOVING_OPS or node.target in STATE:
             may_join = False
     return [tuple(pack) for pack in packs if len(pack) > 1 or pack[0].target is _GATHER]
+
+
+def _between(first: fx.Node, last: fx.Node, position: Mapping[fx.Node, int]) -> set[fx.Node]:
+    """What the last node is made of that is not there when the first one starts."""
+    found: set[fx.Node] = set()
+    stack = [last]
+    while stack:
+        above = {each for each in stack.pop().all_input_nodes if position[each] >= position[first]} - found
+        found |= above
+        stack += above
+    return found
+
+
+def _is_cheap(node: fx.Node) -> bool:
+    """Whether a node may run earlier than it did, and delay what it then runs before by little."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return target is getitem
+    fixed = target in MOVING_OPS or target in STATE or torch.Tag.nondeterministic_seeded in target.tags
+    return not fixed and not target._schema.is_mutable and contraction_flops(node) == 0
+
+
+def _early_enough(graph: fx.Graph, packs: Mapping[fx.Node, Sequence[fx.Node]]) -> list[fx.Node]:
+    """The nodes in an order in which all that a pack sends is there when it starts."""
+    position = {node: at for at, node in enumerate(graph.nodes)}
+    order: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        sent = set().union(*(_between(node, member, position) for member in packs.get(node, ())))
+        order |= dict.fromkeys([*sorted(sent, key=position.__getitem__), node])
+    return list(order)
 
 
 def _is_replicated(node: fx.Node) -> bool:

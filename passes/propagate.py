@@ -28,6 +28,7 @@ from sp_compile.graph import GraphRules, op_of, source_of
 from sp_compile.homes import Vote, choose_homes, sequence_home
 from sp_compile.links import DEFAULT_LINKS, Links
 from sp_compile.plan import AttentionSite, Fallback, NodePlan, ShardingPlan, SiteOperand, SitePlan
+from sp_compile.regions import join_borrowers
 from sp_compile.rule import OpSharding, OpShardingRule
 from sp_compile.sharding import (
     REPLICATED,
@@ -115,6 +116,7 @@ class _Planner(PlannedSoFar):
     ) -> None:
         homes = choose_homes(rules, sites, parts) or [sequence_home(rules, end) for end in mixers]
         super().__init__(rules, parts, find_marks(rules, homes))
+        self.links = links
         self.site_planner = SitePlanner(self, attention, links)
         self.sites = {site.nodes[0]: site for site in sites}
         self.attending = {node for site in sites for node in site.nodes}
@@ -122,7 +124,7 @@ class _Planner(PlannedSoFar):
         self.nodes.update({node: NodePlan(OpSharding("", (), (home,)), (home,)) for node, home in inputs.items()})
         self.homes |= {(node, 0): home for node, home in inputs.items()}
         self.site_plans: list[SitePlan] = []
-        self.fallbacks: list[Fallback] = []
+        self.fallbacks: dict[fx.Node, Fallback] = {}
 
     def plan(self) -> ShardingPlan:
         planned: dict[fx.Node, NodePlan] = {}
@@ -137,15 +139,32 @@ class _Planner(PlannedSoFar):
                 planned |= region.nodes
             if isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
                 continue  # numbers are those of the global shapes
-            if op_of(node) is not None:
-                self._find_home(node)
-                self.nodes[node] = planned.get(node) or self._plan_op(node)
-            elif node.target is getitem:
-                source, index = source_of(node)
-                seen = self.nodes[source].delivered if source in self.nodes else ()
-                self.nodes[node] = NodePlan(None, (seen[index] if index < len(seen) else REPLICATED,))
+            self._plan_node(node, planned.get(node))
+        joined = join_borrowers(self, self.attending | planned.keys(), self.links)
+        for node in self.rules.graph.nodes if joined else ():
+            if node in joined:
+                self.fallbacks.pop(node, None)
+            elif node in self.nodes and self._is_given_shards(node):
+                self._plan_node(node, None)
         self._build_masks_locally()
-        return ShardingPlan(self.parts, self.nodes, tuple(self.site_plans), tuple(self.fallbacks))
+        return ShardingPlan(self.parts, self.nodes, tuple(self.site_plans), tuple(self.fallbacks.values()))
+
+    def _plan_node(self, node: fx.Node, planned: NodePlan | None) -> None:
+        if op_of(node) is not None:
+            self._find_home(node)
+            self.fallbacks.pop(node, None)
+            self.nodes[node] = planned or self._plan_op(node)
+        elif node.target is getitem:
+            source, index = source_of(node)
+            seen = self.nodes[source].delivered if source in self.nodes else ()
+            self.nodes[node] = NodePlan(None, (seen[index] if index < len(seen) else REPLICATED,))
+
+    def _is_given_shards(self, node: fx.Node) -> bool:
+        """Whether an op that runs on whole values has sharded operands, for others now run otherwise."""
+        if node.target is getitem:
+            return True
+        whole = self.nodes[node].sharding is None and node not in self.attending
+        return whole and any(isinstance(placement, Sharded) for placement in self.placements(node))
 
     def _build_masks_locally(self) -> None:
         """What is as large as a mask of all pairs of rows and cut by all who use it is made as `[S/P, S]`.
@@ -368,7 +387,7 @@ class _Planner(PlannedSoFar):
     def _fall_back(
         self, node: fx.Node, placements: Sequence[Placement], sharding: OpSharding | None, reason: str
     ) -> None:
-        self.fallbacks.append(Fallback(node, reason, round(self._cost(node, placements, sharding))))
+        self.fallbacks[node] = Fallback(node, reason, round(self._cost(node, placements, sharding)))
 
 
 def _is_random(node: fx.Node) -> bool:

@@ -217,13 +217,13 @@ def conversion_price(each: Conversion, parts: int) -> Price:
     source, target = each.source, each.target
     again = int(each.trained)
     if isinstance(source, Replicated) and isinstance(target, Replicated):
-        return Price(again, again * 2 * _summed_bytes(each.value) * others)
+        return sum_price(each.value, parts) if again else Price()
     if isinstance(source, Replicated):
         times = 1.0
         if isinstance(target, GroupedHeads):
             times = target.query_heads / _int(each.value.shape[target.dim])
         return Price(again, again * whole * times * others)
-    if source == target:
+    if source == target or not whole:
         return Price()
     if isinstance(target, Replicated):
         # On the way back it is gathered again, and its gradient reduce-scattered.
@@ -236,6 +236,11 @@ def conversion_price(each: Conversion, parts: int) -> Price:
     else:
         moved = whole * others / parts * each.padding
     return Price(1 + again, (1 + again) * moved)
+
+
+def sum_price(value: torch.Tensor, parts: int) -> Price:
+    """What it takes to sum a value over the ranks; half types travel in float32."""
+    return Price(1, 2 * _numel(value) * max(value.element_size(), 4) * (parts - 1) / parts)
 
 
 def attention_price(node: fx.Node, share: float, masked: bool, trained: bool) -> Price:
@@ -258,11 +263,6 @@ def _seen(node: fx.Node) -> float:
     query, key = (_int(operand.meta["val"].shape[-2]) for operand in operand_nodes(node)[:2])
     seen = min(query, key)
     return (seen * (seen + 1) / 2 + (query - seen) * key) / (query * key) if query and key else 1.0
-
-
-def _summed_bytes(value: torch.Tensor) -> int:
-    """The size of a value as a sum over ranks travels: half types in float32."""
-    return _numel(value) * max(value.element_size(), 4)
 
 
 # Floating-point operations

@@ -229,7 +229,7 @@ def interleaved_streams(m: Parts, x: Tensor) -> Any:
     return (both[:, ::2], both.unflatten(1, (12, 2)).mean(2), both.unflatten(1, (-1, 2))[:, :, 1])
 
 
-@program(X, moves={"all_to_all": 14, "gather_output": 2})
+@program(X, moves={"all_to_all": 12, "gather_output": 2})
 def fourier(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     low = torch.fft.irfft(torch.fft.rfft(y, dim=1)[:, :4], n=13, dim=1)
@@ -269,7 +269,7 @@ def norms_over_tokens(m: Parts, x: Tensor) -> Any:
     return (F.normalize(y, dim=1), F.layer_norm(y, (13, 12)), y / y.abs().amax(1, keepdim=True), F.softmin(y, 1))
 
 
-@program(X, moves={"all_to_all": 10, "gather_output": 5})
+@program(X, moves={"all_to_all": 9, "gather_output": 5})
 def running_extrema(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     return (y.cummax(1).values, y.logcumsumexp(1), (y / 9).cumprod(1), y.cumsum(0), torch.cumsum(y.flip(1), 1).flip(1))

@@ -385,7 +385,7 @@ def gradient_inside(m: Parts, x: Tensor) -> Any:
     return m.block(torch.func.grad(lambda t: (t.sin() * m.w).sum())(m.block(x)))
 
 
-@program(X, moves={"all_to_all": 17, "select_rows": 1, "gather_output": 1})
+@program(X, moves={"all_to_all": 10, "gather_output": 1})
 def scan_by_pairs(m: Parts, x: Tensor) -> Any:
     return m.block(associative_scan(lambda a, b: a * b, m.block(x).tanh(), 1, combine_mode="generic"))
 

@@ -27,14 +27,14 @@ def linear_attention_alone(m: Parts, x: Tensor) -> Any:
     return x
 
 
-@program(X, moves={"all_to_all": 2, "all_reduce": 1})
+@program(X, moves={"all_to_all": 1, "gather_output": 1})
 def linear_attention_by_einsum(m: Parts, x: Tensor) -> Any:
     q, k, v = (f(x).view(2, 13, 3, 4) for f in (m.q, m.k, m.v))
     state = torch.einsum("bshd,bshe->bhde", k.softmax(1), v)
     return m.o(torch.einsum("bshd,bhde->bshe", q.softmax(-1), state).flatten(2)) + x
 
 
-@program(X, moves={"all_to_all": 2, "gather_output": 1})
+@program(X, moves={"all_to_all": 1, "gather_output": 1})
 def causal_linear_attention(m: Parts, x: Tensor) -> Any:
     q, k, v = (m.split(f(x)) for f in (m.q, m.k, m.v))
     state = (k[..., :, None] * v[..., None, :]).cumsum(2)
@@ -62,7 +62,7 @@ def token_mlp_of_square_tokens(m: Parts, x: Tensor) -> Any:
     return mlp(m, x)
 
 
-@program(X, moves={"all_to_all": 4, "halo": 2, "gather_output": 1})
+@program(X, moves={"all_to_all": 5, "gather_output": 1})
 def depthwise_convolution(m: Parts, x: Tensor) -> Any:
     for _ in range(2):
         y = F.conv1d(m.norm(x).mT, m.mat[:, :4].unsqueeze(1), m.w, padding=3, groups=12)[..., :13].mT
@@ -117,7 +117,7 @@ def selective_scan(m: Parts, x: Tensor) -> Any:
     return mlp(m, x + m.o(mixed * F.silu(m.w * y)))
 
 
-@program(X, moves={"all_to_all": 4, "gather_output": 1})
+@program(X, moves={"all_to_all": 2, "gather_output": 1})
 def running_sums(m: Parts, x: Tensor) -> Any:
     y = m.norm(x)
     mean = y.cumsum(1) / (torch.arange(13) + 1)[:, None]
@@ -170,7 +170,7 @@ def d_linear_attention_alone(m: Parts, x: Tensor) -> Any:
     return mlp(m, x + m.o(m.join(q.softmax(-1) @ (k.softmax(2).mT @ v)))) / x.shape[1]
 
 
-@program(X, dynamic=True, moves={"all_to_all": 2, "gather_output": 1})
+@program(X, dynamic=True, moves={"all_to_all": 1, "gather_output": 1})
 def d_depthwise_convolution(m: Parts, x: Tensor) -> Any:
     y = F.conv1d(x.mT, m.mat[:, :4].unsqueeze(1), m.w, padding=3, groups=12)[..., : x.shape[1]].mT
     return mlp(m, x + F.silu(y))
