@@ -9,10 +9,10 @@
 Three walks. *Marks* (backward): every value whose dimension becomes the home of a site, or without any site the
 sequence of what else mixes one, with the granule that the views below need. *Homes* (forward): an op follows the shards
 that it is given; where two operands disagree the cheaper conversion wins; an op that needs its home factor whole
-borrows another and returns home at once. *Sites*: what lies between two contractions borrows the heads as one region
-(Ulysses), or keeps its queries and takes K and V whole (all-gather-KV) or as they are (local), whichever takes the
-fewest seconds of a step; a tie stays home. What cannot be sharded runs on whole values, and is written down as a
-fallback.
+borrows another and returns home at once, or later if that moves less (`sp_compile.borrowers`). *Sites*: what lies
+between two contractions borrows the heads as one region (Ulysses), or keeps its queries and takes K and V whole
+(all-gather-KV) or as they are (local), whichever takes the fewest seconds of a step; a tie stays home. What cannot be
+sharded runs on whole values, and is written down as a fallback.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from operator import getitem
 import torch
 from torch import fx
 
+from sp_compile.borrowers import join_borrowers
 from sp_compile.graph import GraphRules, op_of, source_of
 from sp_compile.homes import Vote, choose_homes, sequence_home
 from sp_compile.links import DEFAULT_LINKS, Links
 from sp_compile.plan import AttentionSite, Fallback, NodePlan, ShardingPlan, SiteOperand, SitePlan
-from sp_compile.regions import join_borrowers
 from sp_compile.rule import OpSharding, OpShardingRule
 from sp_compile.sharding import (
     REPLICATED,

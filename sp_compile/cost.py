@@ -41,7 +41,7 @@ from .links import Links
 from .plan import ShardingPlan
 from .rule import TensorSpec, called_module, named_arguments
 from .rules.grouped import PRODUCTS
-from .sharding import GroupedHeads, Placement, Replicated, Sharded
+from .sharding import GroupedHeads, Placement, Replicated, Sharded, moved_rows
 
 aten = torch.ops.aten
 
@@ -232,7 +232,8 @@ def conversion_price(each: Conversion, parts: int) -> Price:
         heads = _int(each.value.shape[target.dim])
         moved = whole * _heads_read(target.query_heads, heads, parts) / heads * others
     elif isinstance(source, Sharded) and source.dim == target.dim:
-        moved = whole * others
+        rows = moved_rows(source.layout, target.layout, parts)
+        moved = whole * (others if rows is None else rows / _int(source.layout.size))
     else:
         moved = whole * others / parts * each.padding
     return Price(1 + again, (1 + again) * moved)

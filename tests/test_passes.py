@@ -25,6 +25,7 @@ from sp_compile.rules import stays_whole
 from sp_compile.sharding import REPLICATED, Sharded, whole_layout
 from sp_compile.simulation import fake_world, simulate
 
+from .equivalence import assert_equivalent
 from .programs import Parts
 from .programs.experts import USES, ends_of, grouped, routed
 
@@ -252,6 +253,39 @@ def test_an_op_that_needs_the_sequence_borrows_the_channels_and_returns() -> Non
     (node,) = (n for n in plan.nodes if n.name.startswith("cumsum"))
     assert plan.placement(node) in (Sharded(1, whole_layout(9)), REPLICATED)
     assert not plan.fallbacks
+
+
+def test_what_lies_between_two_borrowers_stays_away() -> None:
+    def scans(x: Tensor, w: Tensor) -> Tensor:
+        y = F.layer_norm(x, (12,), w)
+        return F.linear((F.silu(y.cumsum(1)) * w).cumsum(1), w.diag())
+
+    _, rules = rules_of(scans, heads(1, 9, 12).sin(), nn.Parameter(torch.randn(12)))
+    plan = propagate(rules, (), find_mixers(rules), 2, "auto")
+    placed = {node.name: plan.placement(node) for node in plan.nodes}
+    channels, tokens = Sharded(2, whole_layout(12)), Sharded(1, whole_layout(9))
+    assert [placed[name] for name in ("cumsum", "silu", "mul", "cumsum_1")] == [channels] * 4
+    assert placed["layer_norm"] == placed["linear"] == tokens
+
+
+def gate(m: Parts, y: Tensor) -> Tensor:
+    return y.sigmoid()
+
+
+def projected_gate(m: Parts, y: Tensor) -> Tensor:
+    return m.q(y)
+
+
+@pytest.mark.parametrize(("between", "launches"), [(gate, 2), (projected_gate, 3)])
+def test_an_exchange_waits_for_pointwise_work_and_for_no_product(between: Callable[..., Tensor], launches: int) -> None:
+    """The gate is made behind the first exchange, and sent with it or by itself; then the way home."""
+
+    def gated(m: Parts, x: Tensor) -> Tensor:
+        y, z = m.norm(x), m.norm2(x)
+        return m.o((y.cumsum(1) * between(m, z)).cumsum(1))
+
+    (graph,) = assert_equivalent(Parts(gated), [heads(1, 9, 12).double().detach()], parts=2)
+    assert sum(each.op.startswith("all_to_all") for each in graph.collectives) == launches
 
 
 def written(function: nn.Module, *args: Tensor, parts: int = 2, **options: Any) -> fx.GraphModule:

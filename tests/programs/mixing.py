@@ -61,7 +61,7 @@ def pads(m: Parts, x: Tensor) -> Any:
     )
 
 
-@program((2, 24, 12), moves={"all_to_all": 8, "gather_output": 3})
+@program((2, 24, 12), moves={"all_to_all": 7, "gather_output": 3})
 def unfold_win(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     w = y.unfold(1, 5, 1)
@@ -72,7 +72,7 @@ def unfold_win(m: Parts, x: Tensor) -> Any:
     )
 
 
-@program(X)
+@program(X, moves={"all_to_all": 8, "all_gather": 1, "gather_output": 1})
 def topk_tokens(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     s = y @ m.w
@@ -201,7 +201,7 @@ def masked_scatter(m: Parts, x: Tensor, i: Tensor, img: Tensor) -> Any:
     return m.block(x.masked_scatter(mask, m.o(img)))
 
 
-@program(X, moves={"all_to_all": 18, "gather_output": 4})
+@program(X, moves={"all_to_all": 17, "all_gather": 1, "gather_output": 4})
 def sorted_tokens(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     order = (y @ m.w).argsort(1)
@@ -236,7 +236,7 @@ def fourier(m: Parts, x: Tensor) -> Any:
     return (m.block(low), torch.fft.fft2(y).real)
 
 
-@program(X, moves={"all_to_all": 12, "all_reduce": 1, "gather_output": 2})
+@program(X, moves={"all_to_all": 11, "all_reduce": 1, "gather_output": 2})
 def scattered_tokens(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     index = torch.arange(13) % 5

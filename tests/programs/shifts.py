@@ -56,7 +56,7 @@ def previous_token_with_a_state(m: Parts, x: Tensor, state: Tensor) -> Any:
     return (m.o(torch.cat([state, y[:, :-1]], 1)) + y, y[:, -1:])
 
 
-@program(X, moves={"all_to_all": 7, "halo": 1, "gather_output": 1})
+@program(X, moves={"all_to_all": 7, "gather_output": 1})
 def pad_shift_both_ways(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     return F.pad(y, (0, 0, 1, -1)) * m.w + F.pad(y, (0, 0, -1, 1)) + F.pad(y, (0, 0, 2, 0))[:, :-2]
@@ -94,7 +94,7 @@ def shifted_in_heads(m: Parts, x: Tensor) -> Any:
     return m.o(m.join(F.scaled_dot_product_attention(q, k, F.pad(v, (0, 0, 1, -1)), is_causal=True)))
 
 
-@program(X, moves={"all_to_all": 7, "gather_output": 1})
+@program(X, moves={"all_to_all": 6, "gather_output": 1})
 def convolution_by_shifts(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     padded = F.pad(y, (0, 0, 2, 0))
@@ -141,13 +141,13 @@ def differences_of_neighbours(m: Parts, x: Tensor) -> Any:
     return (torch.diff(y, dim=1), (y[:, 2:] - 2 * y[:, 1:-1] + y[:, :-2]).square().mean())
 
 
-@program(X, dynamic=True, moves={"all_to_all": 8, "all_reduce": 1, "gather_output": 3})
+@program(X, dynamic=True, moves={"all_to_all": 7, "all_reduce": 1, "gather_output": 3})
 def d_shifts(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     return (y[:, :-1] * m.w, y[:, 1:].mean(1), F.pad(y, (0, 0, 1, 0))[:, :-1] + y, y.roll(-1, 1))
 
 
-@program((1, 4, 12), parts=4, dynamic=True, moves={"all_to_all": 11, "gather_output": 1})
+@program((1, 4, 12), parts=4, dynamic=True, moves={"all_to_all": 10, "gather_output": 1})
 def d_shift_of_four_on_four(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     y = torch.cat([m.cls, y[:, :-1]], 1) * m.w + y

@@ -178,8 +178,12 @@ class _Regions:
         network = nx.DiGraph()
         network.add_nodes_from((_AWAY, _HOME))
         for node, plan in away.plans.items():
-            _pay(network, _AWAY, node, self._own_price(node, self.so_far.nodes[node]))
-            _pay(network, node, _HOME, self._own_price(node, plan))
+            planned = self.so_far.nodes[node]
+            if plan.sharding == planned.sharding:
+                network.add_edge(_AWAY, node)  # it is away already, whoever brings its result home
+            else:
+                _pay(network, _AWAY, node, self._own_price(node, planned))
+                _pay(network, node, _HOME, self._own_price(node, plan))
         for value in values:
             self._connect(network, value, away.plans)
         _, (gone, _) = nx.minimum_cut(network, _AWAY, _HOME)
