@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import GroupName, _get_group_size_by_name
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .errors import SequenceParallelError
 
@@ -63,20 +64,23 @@ def start_gather(x: Tensor, group: str) -> Tensor:
 def sent_together(pieces: Sequence[Tensor], group: str) -> list[Tensor]:
     """`[P, ..]` each, a piece for every rank, or `[1, ..]`, the same for all -> `[P, ..]`, a piece from every rank.
 
-    One launch for each dtype.
+    One launch for each dtype. Pieces of as many rows are laid side by side row by row, so that the rows of all ranks are a
+    view of what came; others end to end.
     """
     parts = group_size(group)
     alike = {x.dtype: [at for at, other in enumerate(pieces) if other.dtype == x.dtype] for x in pieces}
     started = []
     for members in alike.values():
         to_each = max(pieces[at].shape[0] for at in members)
-        rows = [pieces[at].expand(to_each, *pieces[at].shape[1:]).flatten(1) for at in members]
+        first = pieces[members[0]].shape[1]
+        side = 2 if all(statically_known_true(pieces[at].shape[1] == first) for at in members) else 1
+        rows = [pieces[at].expand(to_each, *pieces[at].shape[1:]).unsqueeze(-1).flatten(side) for at in members]
         start = start_gather if to_each == 1 else start_exchange
-        packed = start(torch.cat(rows, 1) if len(rows) > 1 else rows[0], group)
-        started.append((members, [row.shape[1] for row in rows], packed))
+        packed = start(torch.cat(rows, side) if len(rows) > 1 else rows[0], group)
+        started.append((members, side, [row.shape[side] for row in rows], packed))
     received = list(pieces)
-    for members, widths, packed in started:
-        rows = arrived(packed).split(widths, 1)
+    for members, side, widths, packed in started:
+        rows = arrived(packed).split(widths, side)
         for at, row in zip(members, rows, strict=True):
             received[at] = row.view(parts, *pieces[at].shape[1:])
     return received
