@@ -98,10 +98,13 @@ def _written_out(node: fx.Node, rule: OpShardingRule, rules: GraphRules) -> Atte
 def _carried(
     first: fx.Node, rule: OpShardingRule, operand: int, dim: int, rules: GraphRules
 ) -> Mapping[fx.Node, Placement]:
-    """Where one dimension of an operand of `first` is in each value made from the scores, as far as it is there."""
+    """Where one dimension of an operand of `first` is in each value made from the scores, as far as it is there.
+
+    It is one granule, so that a view may take it apart, as into rows and columns of an image.
+    """
     size = rules.shape(rules.operands(first)[operand])[dim]
     start: list[Placement] = [REPLICATED] * len(rule.operands)
-    start[operand] = Sharded(dim, whole_layout(size))
+    start[operand] = Sharded(dim, whole_layout(size, size))
     places: dict[fx.Node, Placement] = {first: rule.carry(operand, start)[0]}
     waiting = [(rules.position(user), user) for user in first.users]
     while waiting:

@@ -10,7 +10,8 @@ dimension 0 of an input is the batch and is never sharded; what a weight made is
 rows. A dimension of rows is worth the bytes of the sites that it is the sequence of (they move their operands), and
 twice those of the sites that it is the windows of (they move nothing), all over the region that it reaches. Each site
 votes for its best one: so one kind of site is local and the other is not where attention is factorised over space and
-time, and attention over everything is cut in whole windows where other layers have windows.
+time, and attention over everything is cut in whole windows where other layers have windows; in whole rows of an image
+where layers above, which take the image, would else run on every rank.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Flag, auto
-from functools import reduce
+from functools import cached_property, reduce
 from operator import or_
 
 from torch import fx
 
+from .cost import contraction_flops
 from .graph import GraphRules, source_of
 from .plan import AttentionSite, SiteOperand
 from .rule import factors_of
@@ -118,8 +120,8 @@ class _Origin:
     pieces: list[tuple[_Factor, _Origin]] = field(default_factory=list)
     """What a view above merged, outermost first; the factors are those of this one."""
     kind: _Kind = _Kind.UNKNOWN
-    projected: bool = False
-    """Whether rows of it pass a linear layer."""
+    projected: int = 0
+    """The layers with a matrix of weights that rows of it pass, a bit for each."""
     as_sequence: int = 0
     as_windows: int = 0
     """The sites below, a bit for each."""
@@ -227,7 +229,8 @@ class _Chooser:
         carried = list(zip(operands, rule.carry_back(result, placement), strict=True))
         weights = [(operand, at) for operand, at in carried if self.rules.is_weight(operand)]
         rows = [(operand, at) for operand, at in carried if at and not self.rules.is_weight(operand)]
-        origin.projected = any(at is None and len(self.rules.shape(weight)) > 1 for weight, at in weights)
+        if any(at is None and len(self.rules.shape(weight)) > 1 for weight, at in weights):
+            origin.projected = 1 << self.rules.position(node)
         if not rows and any(at for _, at in weights):
             origin.kind = _Kind.FEATURE
         activations = [(operand, at) for operand, at in rows if self.rules.is_activation(operand)]
@@ -290,26 +293,52 @@ class _Chooser:
     ) -> list[Vote]:
         """The votes of a site for what is worth most.
 
-        Of what is worth the same a sequence is cut in single rows, and windows as far out as there are enough; what is
-        one dimension further up is rather windows.
+        Of what is worth the same a sequence is cut in single rows, unless coarser ones spare work; and windows as far
+        out as there are enough. What is one dimension further up is rather windows.
         """
         placement, origin = sequence
         best = [sequence_home(self.rules, end) for end in (site.query, site.key, site.value)]
-        most, bytes_served, taken = origin.worth, origin.worth[0], (0, 0, 0)
-        for coarse, piece in self._pieces(placement, origin):
-            if piece.worth[0] > bytes_served and piece.worth > most:
-                alike = [vote[1].layout.size == placement.layout.size for vote in best]
-                best = [
-                    (value, replace(at, layout=coarse.layout) if same else at)
-                    for same, (value, at) in zip(alike, best, strict=True)
-                ]
-                most = piece.worth
+        coarse, most = self._coarser(placement, origin)
+        if coarse is not None:
+            alike = [vote[1].layout.size == placement.layout.size for vote in best]
+            best = [
+                (value, replace(at, layout=coarse.layout) if same else at)
+                for same, (value, at) in zip(alike, best, strict=True)
+            ]
+        taken = (0, 0, 0)
         for batch, above in batches if origin.kind is not _Kind.BATCH else ():  # the sequence first, the batch behind
             for windows, worth in self._rows_of(batch, above):
                 votes = self._votes(site, windows) if above.projected and worth >= most and worth != taken else []
                 if votes:
                     best, most, taken = votes, worth, worth
         return best
+
+    def _coarser(self, rows: Sharded, origin: _Origin) -> tuple[Sharded | None, Worth]:
+        """The rows to cut a sequence in that was merged of some, None for single ones; and what they are worth."""
+        pieces = list(self._pieces(rows, origin))
+        _, most = best = max(
+            ((at, piece.worth) for at, piece in pieces), key=lambda each: each[1], default=(None, origin.worth)
+        )
+        if most[0] > origin.worth[0]:
+            return best
+        alike = (at for at, piece in pieces if piece.worth[0] == origin.worth[0] and self._spares_work(at, rows, piece))
+        return next(alike, None), origin.worth
+
+    def _spares_work(self, coarse: Sharded, rows: Sharded, piece: _Origin) -> bool:
+        """Whether layers that single rows cannot pass, and all ranks would run, take more than the longer blocks do."""
+        longer = self._padding(coarse) - self._padding(rows)
+        whole = sum(self.flops[node] for node in self.flops if piece.projected >> self.rules.position(node) & 1)
+        return longer * sum(self.flops.values()) < whole * (self.parts - 1)
+
+    def _padding(self, placement: Sharded) -> float:
+        """How many times its share the first rank has."""
+        rows = self._rows(placement)
+        return self.parts * -(-rows // self.parts) / rows
+
+    @cached_property
+    def flops(self) -> dict[fx.Node, int]:
+        counted = ((node, contraction_flops(node)) for node in self.rules.graph.nodes)
+        return {node: flops for node, flops in counted if flops}
 
     def _rows_of(self, whole: Sharded, origin: _Origin) -> Iterator[tuple[Sharded, Worth]]:
         """What is rows in a dimension of windows, beside a batch and heads, and is enough for all ranks."""

@@ -259,7 +259,8 @@ class Halo:
     def layout(self, rows: Layout, size: Size, made: bool) -> Layout | None:
         """How the `size` windows of some rows lie, or for windows that are `made` their rows; None if not in blocks.
 
-        As near to their middle rows as they fit beside the longest stream of the rows, else in blocks of their own.
+        As near to their middle rows as they fit beside the longest stream of the rows, else in blocks of their own;
+        where rows lie in granules, as many windows as stride over one.
         """
         held = held_rows(rows, 1)
         if held is None or not isinstance(size, int) or (made and len(held) > 1):
@@ -272,7 +273,11 @@ class Halo:
             before = min(max(before, 0), span - size)
             if segment.granule == 1 or (before, size) == (segment.before, segment.size):
                 return Layout((Segment(size, segment.granule, before, span - size - before),))
-        return whole_layout(size) if all(each.granule == 1 for each in rows.segments) else None
+        if all(each.granule == 1 for each in rows.segments):
+            return whole_layout(size)
+        granule = segment.granule * self.stride if made else exact_quotient(segment.granule, self.stride)
+        fits = size == span * self.stride if made else size * self.stride == span
+        return whole_layout(size, granule) if granule and fits and span == rows.size else None
 
 
 Body = Callable[[LocalOp], "fx.Node | tuple[fx.Node, ...]"]

@@ -290,6 +290,32 @@ vision(
 )
 vision("clip", architecture="CLIPVisionModel", config="CLIPVisionConfig", inputs=image, **PATCHES, short=20)
 vision("siglip", architecture="SiglipVisionModel", config="SiglipVisionConfig", inputs=image, **PATCHES, short=20)
+RELATIVE = {"short": 20, "attentions": ("eager",)}
+vision(
+    "vitdet",
+    architecture="VitDetModel",
+    config="VitDetConfig",
+    inputs=image,
+    **PATCHES,
+    **RELATIVE,
+    num_channels=3,
+    use_relative_position_embeddings=True,
+    window_size=3,
+    window_block_indices=[0],
+)
+vision(
+    "sam",
+    architecture="SamVisionModel",
+    config="SamVisionConfig",
+    inputs=image,
+    **PATCHES,
+    **RELATIVE,
+    window_size=3,
+    global_attn_indexes=[1],
+    mlp_dim=64,
+    output_channels=16,
+    num_pos_feats=16,
+)
 
 
 def speech(length: int) -> dict[str, Any]:
@@ -484,3 +510,41 @@ diffusion(
     pooled_projection_dim=10,
     rope_axes_dim=(2, 2, 4),
 )
+
+
+# Convolutions over an image, with attention where it is small.
+IMAGE: Mapping[str, Any] = {**LATENT, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4}
+
+
+def unet(side: int) -> dict[str, Any]:
+    return {"sample": random(1, 4, side, side), "timestep": STEP, "return_dict": False, **PROMPT}
+
+
+def unet_of(attention: str, side: int) -> nn.Module:
+    return diffusers.UNet2DConditionModel(
+        sample_size=side,
+        cross_attention_dim=12,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        **IMAGE,
+    )
+
+
+class Decoder(nn.Module):
+    """Images of latents, as the last step of most diffusion models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+        self.vae = diffusers.AutoencoderKL(latent_channels=4, **blocks, **IMAGE)
+        del self.vae.encoder, self.vae.quant_conv
+
+    def forward(self, z: Tensor) -> Tensor:
+        image: Tensor = self.vae.decode(z, return_dict=False)[0]
+        return image
+
+
+IN_CONVOLUTIONS: Mapping[str, Any] = {"attentions": ("sdpa",), "short": 12, "long": 16}
+add("unet", "diffusion", unet_of, unet, **IN_CONVOLUTIONS)
+add("vae_decoder", "diffusion", lambda a, n: Decoder(), lambda n: {"z": random(1, 4, n, n)}, **IN_CONVOLUTIONS)

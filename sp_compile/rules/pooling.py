@@ -130,6 +130,12 @@ def _with_global_indices(local: LocalOp, pooled: fx.Node) -> fx.Node | tuple[fx.
     aten._upsample_nearest_exact1d.default,
     aten._upsample_nearest_exact2d.default,
     aten._upsample_nearest_exact3d.default,
+    aten.upsample_nearest1d.vec,
+    aten.upsample_nearest2d.vec,
+    aten.upsample_nearest3d.vec,
+    aten._upsample_nearest_exact1d.vec,
+    aten._upsample_nearest_exact2d.vec,
+    aten._upsample_nearest_exact3d.vec,
     because="a row that is repeated by no whole number comes of positions in the whole image",
 )
 def nearest_rule(call: OpCall) -> OpShardingRule | None:
@@ -137,8 +143,11 @@ def nearest_rule(call: OpCall) -> OpShardingRule | None:
     dims, result = plain(call.operands[0].shape), call.results[0]
     assert result is not None
     made, sizes, whole = list(dims), dict[str, Size](), set[str]()
-    scales = [value for name, value in call.arguments.items() if name.startswith("scales")]
-    for at, scale in enumerate(scales, start=2):
+    spatial = len(dims) - 2
+    scales = call.arguments.get("scale_factors") or [
+        value for name, value in call.arguments.items() if name.startswith("scales")
+    ]
+    for at, scale in enumerate(scales or [None] * spatial, start=2):
         times = exact_quotient(result.shape[at], call.operands[0].shape[at])
         exact = isinstance(times, int) and times & (times - 1) == 0 and scale in (None, times)
         if times is not None and exact:
@@ -152,7 +161,9 @@ def nearest_rule(call: OpCall) -> OpShardingRule | None:
             whole |= {f"d{at}", f"u{at}"}
 
     def repeat(local: LocalOp) -> fx.Node:
-        return with_arguments(local, output_size=local_output_size(local, len(scales)))
+        if call.arguments["output_size"] is None:
+            return with_arguments(local)
+        return with_arguments(local, output_size=local_output_size(local, spatial))
 
     bodies: dict[str, Body] = {f"d{at}": repeat for at in range(2, len(dims))}
     return fit(call, [dims], [made], sizes, need_replication=frozenset(whole), bodies=bodies)

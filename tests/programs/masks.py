@@ -41,6 +41,24 @@ def relative_bias_t5(m: Parts, x: Tensor) -> Any:
     return m.block(m.block(x, attn_mask=b), attn_mask=b)
 
 
+@program((2, 5, 4, 12), parts=3, moves={"all_to_all": 6, "gather_output": 1})
+def decomposed_relative_positions(m: Parts, x: Tensor) -> Any:
+    """A bias of rows and one of columns that the queries steer, as in attention over an image (ViTDet, SAM)."""
+    height, width = x.shape[1:3]
+    q, k, v = (m.split(to(x).flatten(1, 2)) for to in (m.q, m.k, m.v))
+
+    def table(n: int, first: int) -> Tensor:
+        distance = torch.arange(n)[:, None] - torch.arange(n)
+        return m.table.weight[distance + n - 1 + first, : m.dim]
+
+    image = q.unflatten(2, (height, width))
+    rows = torch.einsum("bnhwc,hkc->bnhwk", image, table(height, 0))
+    columns = torch.einsum("bnhwc,wkc->bnhwk", image, table(width, 20))
+    scores = (q @ k.mT).unflatten(3, (height, width)).unflatten(2, (height, width))
+    scores = (scores + rows[..., None] + columns[..., None, :]).flatten(4).flatten(2, 3)
+    return x + m.o(m.join(scores.softmax(-1) @ v)).view(x.shape)
+
+
 @program((13, 12), ids(13, high=3))
 def block_diag_docs(m: Parts, x: Tensor, doc: Tensor) -> Any:
     mask = doc[:, None] == doc[None]

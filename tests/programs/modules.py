@@ -27,7 +27,11 @@ class Modules(nn.Module):
 
 
 def modules(
-    *arguments: Argument, parts: int, whole: bool = False, **makers: Callable[[], nn.Module]
+    *arguments: Argument,
+    parts: int,
+    whole: bool = False,
+    moves: dict[str, int] | None = None,
+    **makers: Callable[[], nn.Module],
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Add a program over modules of torch.nn."""
 
@@ -35,7 +39,7 @@ def modules(
         def make() -> nn.Module:
             return Modules(body, **{name: maker() for name, maker in makers.items()})
 
-        PROGRAMS.append(Program(body.__name__, make, arguments, parts, None, whole))
+        PROGRAMS.append(Program(body.__name__, make, arguments, parts, None, whole, moves or {}))
         return body
 
     return add
@@ -149,3 +153,35 @@ def vision_transformer(m: Any, x: Tensor) -> Any:
 )
 def strided_stem(m: Any, x: Tensor) -> Any:
     return m.u(m.a(m.p(x).mT).mT)
+
+
+@modules(
+    (1, 12, 12, 8),
+    parts=3,
+    moves={"all_to_all": 4, "halo": 3, "all_reduce": 2, "gather_output": 1},
+    c=lambda: nn.Conv2d(12, 12, 3, padding=1),
+    d=lambda: nn.Conv2d(12, 12, 3, 2, 1),
+    n=lambda: nn.GroupNorm(3, 12),
+    a=attention,
+    u=lambda: nn.Conv2d(12, 12, 3, padding=1),
+)
+def attention_between_convolutions(m: Any, x: Tensor) -> Any:
+    """A small U-Net: blocks of image rows from one end to the other, with halos."""
+    fine = m.c(x)
+    coarse = m.n(m.d(fine).relu())
+    tokens = coarse.flatten(2).permute(2, 0, 1)
+    coarse = coarse + m.a(tokens, tokens, tokens, need_weights=False)[0].permute(1, 2, 0).reshape(coarse.shape)
+    return m.u(nn.functional.interpolate(coarse, scale_factor=2.0)) + fine
+
+
+@modules(
+    (1, 5, 6, 12),
+    parts=2,
+    moves={"all_to_all": 4, "gather_output": 1},
+    p=lambda: nn.Linear(12, 12),
+    a=layer,
+    o=lambda: nn.Linear(12, 12),
+)
+def projections_of_an_image(m: Any, x: Tensor) -> Any:
+    """The first rank has 3 of 5 rows: less than the projections of all of them on every rank."""
+    return m.o(m.a(m.p(x).flatten(1, 2)).view(x.shape))

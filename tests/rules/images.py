@@ -84,6 +84,12 @@ def cases() -> Iterator[Case]:
         yield case(one, f(2, 3, 7), [5])
         yield case(two, f(2, 3, 5, 7), [10, 21])
         yield case(three, f(2, 3, 2, 5, 7), [4, 5, 14], None, None, 2.0)
+        one, two, three = (getattr(aten, f"{exact}{ndim}d").vec for ndim in (1, 2, 3))
+        yield case(one, f(2, 3, 5), [20], None)
+        yield case(one, f(2, 3, 5), None, [4.0])
+        yield case(one, f(2, 3, 10), None, [2.05])
+        yield case(two, f(2, 3, 5, 7), None, [2.0, 3.0])
+        yield case(three, f(2, 3, 2, 5, 7), None, [2.0, 1.0, 2.0])
     yield case(aten.upsample_linear1d.default, f(2, 3, 5), [10], False)
     yield case(aten.upsample_trilinear3d.default, f(2, 3, 2, 5, 3), [4, 10, 6], True)
     for target in (aten._upsample_bilinear2d_aa.default, aten._upsample_bicubic2d_aa.default):
