@@ -237,6 +237,11 @@ class _Writer:
         placement = self.plan.placement(output) if isinstance(output, fx.Node) else REPLICATED
         if kind == "gather" or not isinstance(placement, Sharded):
             return REPLICATED, ""
+        home = self.plan.home(output)
+        if isinstance(home, Sharded) and home.dim != placement.dim:
+            placement = home
+        elif not isinstance(home, Sharded) and kind == "shard":
+            return REPLICATED, "which of its dimensions is the sequence is not known: 'dtensor' says which is sharded"
         if output in shared:
             return REPLICATED, "it shares its memory with another output or an input: return a clone"
         if kind == "dtensor" and not placement.layout.is_chunked(self.plan.parts):

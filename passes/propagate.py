@@ -30,6 +30,7 @@ from sp_compile.homes import Vote, choose_homes, sequence_home
 from sp_compile.links import DEFAULT_LINKS, Links
 from sp_compile.plan import AttentionSite, Fallback, NodePlan, ShardingPlan, SiteOperand, SitePlan
 from sp_compile.rule import OpSharding, OpShardingRule
+from sp_compile.rules import has_rule
 from sp_compile.sharding import (
     REPLICATED,
     Layout,
@@ -147,7 +148,7 @@ class _Planner(PlannedSoFar):
             elif node in self.nodes and self._is_given_shards(node):
                 self._plan_node(node, None)
         self._build_masks_locally()
-        return ShardingPlan(self.parts, self.nodes, tuple(self.site_plans), tuple(self.fallbacks.values()))
+        return ShardingPlan(self.parts, self.nodes, tuple(self.site_plans), tuple(self.fallbacks.values()), self.homes)
 
     def _plan_node(self, node: fx.Node, planned: NodePlan | None) -> None:
         if op_of(node) is not None:
@@ -230,9 +231,7 @@ class _Planner(PlannedSoFar):
         sharded = [index for index, placement in enumerate(placements) if isinstance(placement, Sharded)]
         if rule is None:
             if sharded and node not in self.rules.replicated and not _writes_input(node):
-                unknown = self.rules.sized_by_data(node)
-                why = "a size is read from a tensor" if unknown else "it has no sharding rule"
-                self._fall_back(node, placements, None, why)
+                self._fall_back(node, placements, None, self._why_no_rule(node))
             return whole
         if not sharded:
             return self._begin(node, rule, placements) or whole
@@ -249,6 +248,12 @@ class _Planner(PlannedSoFar):
         if self._gathers(rule, placements, best) and not self._is_returned(node):
             self._fall_back(node, placements, best, "it needs a sharded dimension whole or cut in another way")
         return NodePlan(best, self._homeward(node, best)) if best else whole
+
+    def _why_no_rule(self, node: fx.Node) -> str:
+        if self.rules.sized_by_data(node):
+            return "a size is read from a tensor"
+        op = op_of(node)
+        return "its rule is not for such arguments or sizes" if op and has_rule(op) else "it has no sharding rule"
 
     def _begin(self, node: fx.Node, rule: OpShardingRule, placements: Sequence[Placement]) -> NodePlan | None:
         """Whole operands, but the result is marked: this is where the sequence is cut; weights, where they meet it."""

@@ -367,6 +367,11 @@ def _set_local_values(
                 known[call] = result
             return result
 
+        def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+            with torch.enable_grad():  # an opaque part may take gradients inside
+                result = super().call_module(target, args, kwargs)
+            return pytree.tree_map_only(Tensor, lambda x: x.detach(), result)
+
         def run_node(self, node: fx.Node) -> Any:
             result = super().run_node(node)
             if node.op != "output":

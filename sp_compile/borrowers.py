@@ -9,7 +9,8 @@ ops can run on shards of it: each of these either stays as it is planned, at hom
 a choice of two for every op, with a price for each value that is brought from one side to the other, and the cheapest
 is a minimum cut (Greig, Porteous and Seheult 1989). A plan changes only where less is then moved in all.
 
-The batch is never such a dimension: on it a whole model would run without moving anything, which is data parallelism.
+The batch is never such a dimension, though an op by itself may borrow it: on it a whole model would run without moving
+anything, which is data parallelism.
 """
 
 from __future__ import annotations

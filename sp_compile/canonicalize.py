@@ -122,7 +122,13 @@ def _rewrite(graph: Graph, traced: GraphModule, old: Node, env: dict[Node, Any],
         new.args = (_in_memory_order(graph, new), *new.args[1:])
     elif target is aten.constant_pad_nd.default:
         pads: Any = new.args[1]
-        new.args = (_cropped(graph, new), [max(pad, 0) for pad in pads], *new.args[2:])
+        cropped = _cropped(graph, new)
+        new.args = (cropped, [0 if _cuts_off(pad) else pad for pad in pads], *new.args[2:])
+    elif target is aten.view_as_complex.default:
+        # That demands that the two halves lie side by side, as they may not where they were exchanged.
+        with graph.inserting_before(new):
+            halves = tuple(_emit(graph, new, aten.select.int, env[operand], -1, half) for half in (0, 1))
+        new.target, new.args = aten.complex.default, halves
     return new
 
 
@@ -140,11 +146,16 @@ def _cropped(graph: Graph, padded: Node) -> Any:
     pads: Any = padded.args[1]
     with graph.inserting_before(padded):
         for at, (low, high) in enumerate(zip(pads[::2], pads[1::2], strict=True)):
-            if low < 0 or high < 0:
+            if _cuts_off(low) or _cuts_off(high):
                 dim = operand.meta["val"].dim() - 1 - at
-                end = min(high, 0) or sys.maxsize
-                operand = _emit(graph, padded, aten.slice.Tensor, operand, dim, max(-low, 0), end)
+                start, end = -low if _cuts_off(low) else 0, high if _cuts_off(high) else sys.maxsize
+                operand = _emit(graph, padded, aten.slice.Tensor, operand, dim, start, end)
     return operand
+
+
+def _cuts_off(pad: Any) -> bool:
+    """Whether a pad is known to be negative: one that depends on a length stays as it is."""
+    return isinstance(pad, int) and pad < 0
 
 
 def _in_memory_order(graph: Graph, strided: Node) -> Node:

@@ -183,7 +183,8 @@ def relative_error(expected: Any, got: Any, floor: float = 0.0) -> float:
     if expected.shape != got.shape or expected.dtype != got.dtype:
         return float("inf")
     if expected.is_complex():
-        return relative_error(torch.view_as_real(expected), torch.view_as_real(got), floor)
+        expected, got = (torch.view_as_real(each.resolve_conj()) for each in (expected, got))
+        return relative_error(expected, got, floor)
     if not expected.is_floating_point() or expected.numel() == 0:
         return 0.0 if torch.equal(expected, got) else float("inf")
     finite = expected.isfinite()

@@ -116,8 +116,9 @@ def _kept(value: Any, pattern: int | None = None) -> Any:
     return copy.requires_grad_(value.requires_grad)
 
 
-def _keep_sum(table: dict[Any, Tensor], key: Any, gradient: Tensor) -> None:
-    table[key] = table[key] + gradient if key in table else gradient
+def _keep_sum(table: dict[Any, Tensor], key: Any, gradient: Tensor | None) -> None:
+    if gradient is not None:
+        table[key] = table[key] + gradient if key in table else gradient
 
 
 def first_divergence(calls: Sequence[Call], graphs: Sequence[RewrittenGraph], tolerance: float) -> Divergence | None:

@@ -62,7 +62,7 @@ from .transport import (
     start_gather,
 )
 
-LOWERING_VERSION = 7
+LOWERING_VERSION = 8
 """Part of every compile cache key: raise it whenever what an op lowers to changes, or what is in `inductor`."""
 
 _library = torch.library.Library("sp", "DEF")
@@ -70,6 +70,22 @@ _Kernel = TypeVar("_Kernel", bound=Callable[..., "Tensor | list[Tensor]"])
 
 
 class _Function(torch.autograd.Function):
+    """What gets no gradient gives none: the gradient of a weight that no loss depends on stays `None`, and is not 0."""
+
+    def __init_subclass__(cls) -> None:
+        forward, backward = cls.forward, cls.backward
+
+        def forward_without_zeros(ctx: Any, *args: Any) -> Any:
+            ctx.set_materialize_grads(False)
+            return forward(ctx, *args)
+
+        def backward_of_gradients(ctx: Any, *grads: Tensor | None) -> Any:
+            if all(grad is None for grad in grads):
+                return (None,) * len(ctx.needs_input_grad)
+            return backward(ctx, *grads)
+
+        cls.forward, cls.backward = staticmethod(forward_without_zeros), staticmethod(backward_of_gradients)  # type: ignore[method-assign]
+
     @classmethod
     def run(cls, *args: Any) -> Tensor:
         result: Tensor = cls.apply(*args)  # type: ignore[no-untyped-call]
@@ -159,7 +175,6 @@ class _AllToAll(_Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(rank)
         ctx.exchanges, ctx.group, parts = exchanges, group, group_size(group)
-        ctx.set_materialize_grads(False)
         pairs = [*zip(exchanges, tensors, strict=True)]
         received = sent_together([each.cut(x, rank, parts) for each, x in pairs], group)
         results = [each.join(pieces, rank, parts, x.dtype) for (each, x), pieces in zip(pairs, received, strict=True)]
@@ -172,11 +187,10 @@ class _AllToAll(_Function):
         (rank,) = ctx.saved_tensors
         at = [index for index, grad in enumerate(grads) if grad is not None]
         sent: list[Tensor | None] = [None] * len(grads)
-        if at:
-            back = tuple(ctx.exchanges[index].back() for index in at)
-            returned = _AllToAll.of(back, rank, ctx.group, *(grad for grad in grads if grad is not None))
-            for index, grad in zip(at, returned, strict=True):
-                sent[index] = grad
+        back = tuple(ctx.exchanges[index].back() for index in at)
+        returned = _AllToAll.of(back, rank, ctx.group, *(grad for grad in grads if grad is not None))
+        for index, grad in zip(at, returned, strict=True):
+            sent[index] = grad
         return None, None, None, *sent
 
 
@@ -535,6 +549,15 @@ def all_to_all_packed(tensors: Sequence[Tensor], rank: Tensor, exchanges: Sizes,
 
 MOVING_OPS = frozenset(
     getattr(torch.ops.sp, name).default
-    for name in (*PACKED, "all_to_all_packed", "all_gather_replicate", "all_reduce", "select_rows")
+    for name in (
+        *PACKED,
+        "all_to_all_packed",
+        "all_gather_replicate",
+        "all_reduce",
+        "select_rows",
+        "refill_padding",
+        "start_all_to_all",
+        "finish_all_to_all",
+    )
 )
-"""The ops that launch a collective forward."""
+"""The ops that launch a collective forward, or may, or wait for one."""

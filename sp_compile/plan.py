@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from .graph import source_of
 from .rule import OpSharding
 from .sharding import REPLICATED, Placement, Size
 
@@ -90,6 +91,12 @@ class ShardingPlan:
     nodes: Mapping[fx.Node, NodePlan]
     sites: tuple[SitePlan, ...]
     fallbacks: tuple[Fallback, ...]
+    homes: Mapping[tuple[fx.Node, int], Placement] = field(default_factory=dict)
+    """Where the sequence sits in each result of a node, wherever it is computed."""
+
+    def home(self, node: fx.Node) -> Placement:
+        """Where the sequence sits in a value; replicated if that is not known."""
+        return self.homes.get(source_of(node), REPLICATED)
 
     def placement(self, node: fx.Node) -> Placement:
         """What the consumers of a single-result node see."""

@@ -43,9 +43,23 @@ def simulate(world_size: int, sequence_parallel_size: int | None = None) -> Iter
     torch._dynamo.reset()
     with fake_world(world_size):
         init_sequence_parallel(sequence_parallel_size)
-        with LocalTensorMode(world_size) as mode, _flex_attention_on_each_rank():
+        with _Ranks(world_size) as mode, _flex_attention_on_each_rank():
             yield mode
     torch._dynamo.reset()
+
+
+class _Ranks(LocalTensorMode):
+    """Every rank draws its random numbers itself, those like a tensor that all ranks share, too."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags and not func._schema.is_mutable:
+            args, kwargs = pytree.tree_map_only(Tensor, self._on_all, (args, kwargs))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _on_all(self, x: Tensor) -> Tensor:
+        return x if isinstance(x, LocalTensor) else LocalTensor(dict.fromkeys(self.ranks, x.detach()))
 
 
 @contextmanager

@@ -64,8 +64,8 @@ def start_gather(x: Tensor, group: str) -> Tensor:
 def sent_together(pieces: Sequence[Tensor], group: str) -> list[Tensor]:
     """`[P, ..]` each, a piece for every rank, or `[1, ..]`, the same for all -> `[P, ..]`, a piece from every rank.
 
-    One launch for each dtype. Pieces of as many rows are laid side by side row by row, so that the rows of all ranks are a
-    view of what came; others end to end.
+    One launch for each dtype. Pieces of as many rows are laid side by side row by row, so that the rows of all ranks
+    are a view of what came; others end to end.
     """
     parts = group_size(group)
     alike = {x.dtype: [at for at, other in enumerate(pieces) if other.dtype == x.dtype] for x in pieces}

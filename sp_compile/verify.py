@@ -174,6 +174,8 @@ def _verified(
         if isinstance(met, (ConfigurationError, FallbackError)):
             raise met from error
         told = f"one device runs this model; on {sp_size} ranks it raises {type(met).__name__}: {met}"
+        if isinstance(met, NotImplementedError) and "no rule registered for HigherOrderOperator" in str(met):
+            told = f"this model cannot be verified, simulated ranks do not run all that it does: {met}"
         raise VerificationError(told) from error
     verification = Verification(
         sp_size,

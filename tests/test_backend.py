@@ -663,6 +663,23 @@ def test_a_selective_checkpoint_saves_what_it_says_and_shards(contexts: Callable
     assert counts == [6, again]
 
 
+def test_derivatives_inside_a_graph_compile() -> None:
+    """Forward over reverse, which simulated ranks cannot run: on one rank of a world that does nothing."""
+
+    def curvature(x: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(x, x, x)
+        product: Tensor = torch.func.jvp(torch.func.grad(lambda z: z.tanh().sum()), (y,), (y,))[1]
+        return product
+
+    with fake_world(2):
+        torch._dynamo.reset()
+        init_sequence_parallel()
+        call = torch.compile(curvature, backend=partial(sp_backend, options={"inner_backend": "eager"}))
+        assert call(torch.randn(1, 2, 8, 4)).shape == (1, 2, 8, 4)
+    torch._dynamo.reset()
+    assert len(rewritten_graphs()[-1].plan.sites) == 1
+
+
 def test_a_graph_with_nothing_to_shard_goes_to_the_inner_backend_as_it_is() -> None:
     seen: list[Any] = []
 

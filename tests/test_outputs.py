@@ -53,6 +53,30 @@ class Joint(nn.Module):
         return out
 
 
+class Gated(nn.Module):
+    """Running sums, that run on shards of the channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = (x.sin().cumsum(1) * x).cumsum(1)
+        return out
+
+
+class Recurrence(nn.Module):
+    """A scan over the channels of single rows, through which nobody follows the sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.decay = nn.LayerNorm(12), nn.Parameter(torch.rand(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.norm(x)
+        state, states = torch.zeros_like(rows[:, 0]), []
+        for at in range(x.shape[1]):
+            state = torch.tanh(state * self.decay + rows[:, at])
+            states.append(state)
+        return torch.stack(states, 1)
+
+
 class Views(nn.Module):
     """An output and a view of it."""
 
@@ -117,6 +141,19 @@ def worst_error(
 @pytest.mark.parametrize("loss_of", [whole_then_loss, mean_of_dtensor])
 def test_a_dtensor_has_the_values_and_gradients_of_one_device(loss_of: Callable[[Tensor], Tensor], parts: int) -> None:
     assert worst_error(loss_of, parts) < 1e-12
+
+
+@pytest.mark.parametrize("model", [Gated(), Recurrence()])
+def test_what_runs_on_other_shards_leaves_as_rows_or_whole(model: nn.Module) -> None:
+    """A rank that takes "shard" has its rows, never some channels."""
+    x = tokens(9)
+    expected = model.double()(x)
+    with simulate(3):
+        out = compiled(model, "shard")(x)
+        for rank in range(3):
+            local = on_rank(out, rank)
+            rows = expected.chunk(3, 1)[rank] if isinstance(model, Gated) else expected
+            assert relative_error(rows.detach(), local.detach()) < 1e-9
 
 
 def test_a_dtensor_of_any_length() -> None:

@@ -121,6 +121,26 @@ def test_parameters_are_found_through_methods_and_partial_calls() -> None:
         assert "grad q.weight" in verify(call, tokens(), sp_size=2).errors
 
 
+def test_ranks_draw_what_one_device_draws() -> None:
+    """Noise like an input, a time for each sample and dropout, as a diffusion loss has them."""
+
+    def loss(m: Parts, x: Tensor) -> Tensor:
+        noise, time = torch.randn_like(x), torch.rand(x.shape[0], 1, 1, dtype=x.dtype)
+        return (F.dropout(m.block(x + noise * time), 0.3) - noise).square().mean()
+
+    assert not verify(Parts(loss), tokens(), sp_size=3).wrong
+
+
+def test_a_model_that_simulated_ranks_cannot_run_is_not_called_wrong() -> None:
+    def body(m: Parts, x: Tensor) -> Tensor:
+        y = m.block(x)
+        chosen: Tensor = torch.cond(y.sum() > 0, torch.sin, torch.cos, (y,))
+        return chosen
+
+    with pytest.raises(VerificationError, match="cannot be verified, simulated ranks do not run all"):
+        verify(Parts(body), tokens(), sp_size=2)
+
+
 def test_that_no_gradient_was_compared_is_said() -> None:
     model, x = Parts(Parts.block), tokens().detach()
     with torch.no_grad():

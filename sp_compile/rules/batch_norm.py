@@ -30,14 +30,13 @@ def _normalised(
     x = local.emit(aten.to.dtype, value, wide)
     total = masked_sum(local, x, placement, dims, True, wide)
     mean = local.replicate(local.emit(aten.div.Tensor, total, local.size(count)))
-    # The sum of `x - mean` is 0, and so is the mean's gradient by way of the squares.
-    frozen = local.emit(aten.detach.default, mean)
-    square = local.emit(aten.pow.Tensor_Scalar, local.emit(aten.sub.Tensor, x, frozen), 2)
+    centred = local.emit(aten.sub.Tensor, x, mean)
+    square = local.emit(aten.pow.Tensor_Scalar, centred, 2)
     spread = masked_sum(local, square, placement, dims, True, wide)
     variance = local.emit(aten.div.Tensor, spread, local.size(count))
     scale = local.replicate(local.emit(aten.rsqrt.default, local.emit(aten.add.Scalar, variance, eps)))
-    made = local.emit(aten.mul.Tensor, local.emit(aten.sub.Tensor, x, mean), scale)
-    return made, frozen, spread, scale
+    made = local.emit(aten.mul.Tensor, centred, scale)
+    return made, local.emit(aten.detach.default, mean), spread, scale
 
 
 def _affine(local: LocalOp, value: fx.Node, behind: int) -> fx.Node:

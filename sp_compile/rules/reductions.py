@@ -169,6 +169,13 @@ def _with_gradient(
     return local.emit(aten.add.Tensor, extremum, local.emit(aten.to.dtype, share, dtype))
 
 
+def _root(local: LocalOp, variance: fx.Node) -> fx.Node:
+    """The square root of what is not negative, with the gradient 0 at 0, as that of `std` is."""
+    none = local.emit(aten.eq.Scalar, variance, 0)
+    root = local.emit(aten.sqrt.default, local.emit(aten.masked_fill.Scalar, variance, none, 1))
+    return local.emit(aten.masked_fill.Scalar, root, none, 0)
+
+
 @rule(
     aten.var.correction,
     aten.std.correction,
@@ -194,11 +201,18 @@ def variance_rule(call: OpCall) -> OpShardingRule | None:
         size = product([call.operands[0].shape[at] for at in dims])
         total = masked_sum(local, value, placement, dims, True, wide)
         mean = local.emit(aten.div.Tensor, total, local.size(size))
-        difference = local.emit(aten.sub.Tensor, value, local.emit(aten.detach.default, mean))
-        square = local.emit(aten.pow.Tensor_Scalar, difference, 2)
+        # The sum of `x - mean` is 0, and so is the mean's gradient by way of the squares: no rank sends its part.
+        fixed = local.emit(aten.detach.default, mean)
+        square = local.emit(aten.pow.Tensor_Scalar, local.emit(aten.sub.Tensor, value, fixed), 2)
         spread = masked_sum(local, square, placement, dims, keepdim, wide)
+        # Where that gradient is differentiated again, this 0 has what is missing.
+        shift = local.emit(aten.pow.Tensor_Scalar, local.emit(aten.sub.Tensor, mean, fixed), 2)
+        shift = local.emit(
+            aten.mul.Tensor, shift if keepdim else local.emit(aten.squeeze.dims, shift, dims), local.size(size)
+        )
+        spread = local.emit(aten.sub.Tensor, spread, shift)
         variance = local.emit(aten.div.Tensor, spread, local.size(size_of(size - correction)))
-        made = local.emit(aten.to.dtype, local.emit(aten.sqrt.default, variance) if roots else variance, dtype)
+        made = local.emit(aten.to.dtype, _root(local, variance) if roots else variance, dtype)
         if len(call.results) == 1:
             return made
         kept = mean if keepdim else local.emit(aten.squeeze.dims, mean, dims)

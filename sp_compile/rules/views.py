@@ -136,10 +136,7 @@ def t_rule(call: OpCall) -> OpShardingRule | None:
     return fit(call, [dims], [dims[::-1]], movement=True)
 
 
-rules_from_text(
-    {aten.view_as_complex.default: "... c! -> ...", aten.view_as_real.default: "... -> ... c!"},
-    because="the two halves of a number stay together",
-)
+rules_from_text({aten.view_as_real.default: "... -> ... c!"}, because="the two halves of a number stay together")
 
 rules_from_text(
     {aten.tril.default: "... a! b! -> ... a! b!", aten.triu.default: "... a! b! -> ... a! b!"},

@@ -476,3 +476,35 @@ def rows_by_their_place_in_memory(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     heads = m.split(m.q(y)).as_strided((13, 12), (12, 1))
     return y.mT.as_strided((12, 13), (1, 12)) * 2, (y + 1).mT.as_strided((5, 7), (2, 3), 4), heads
+
+
+@program((2, 7, 12), parts=2)
+def weights_behind_a_detached_exchange(m: Parts, x: Tensor) -> Any:
+    """What is exchanged together with others and has no gradient gives its weights none, and not zeros."""
+    y = m.norm(x)
+    q, k, v = (m.split(to(y)) for to in (m.q, m.k, m.v))
+    attended = m.join((q @ k.mT).softmax(-1).detach() @ v)
+    return attended, m.up(y).cumsum(1) * m.down(attended[..., :1].expand(2, 7, 20)).detach().sum()
+
+
+@program((2, 7, 12), parts=3)
+def weights_of_a_detached_sum(m: Parts, x: Tensor) -> Any:
+    y = m.norm(x)
+    return m.k(y).cumsum(1) * m.q(y).cumsum(1).detach(), torch.where(m.v(y).cumsum(1) > 0, y.cumsum(1), 0.0)
+
+
+@program((2, 7, 12), parts=2)
+def complex_numbers_that_were_exchanged(m: Parts, x: Tensor) -> Any:
+    """The two halves of a number lie apart where channels were sent."""
+    sums = torch.view_as_complex(x.cumsum(1).unflatten(-1, (6, 2)))
+    return torch.view_as_real(sums * 2), torch.view_as_complex(m.q(x).cumsum(1).unflatten(-1, (6, 2))).abs()
+
+
+@program((2, 13, 12), parts=3, dynamic=True)
+def padded_by_a_length(m: Parts, x: Tensor) -> Any:
+    """Pads that are symbols: as many rows again, to whole windows, and rows cut off."""
+    n = x.shape[1]
+    doubled = F.pad(x, (0, 0, 0, n)).cumsum(1)[:, :n] * m.w
+    windows = F.pad(m.norm(x), (0, 0, 0, -n % 4)).unflatten(1, (-1, 4)).mean(2)
+    spectrum = torch.fft.rfft(m.q(x), n=2 * n, dim=1).abs()
+    return doubled, windows, spectrum, F.pad(x, (0, 0, -(n // 4), 0)).cumsum(1)
