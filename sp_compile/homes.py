@@ -352,10 +352,14 @@ class _Chooser:
             yield whole, origin.worth
 
     def _pieces(self, whole: Sharded, origin: _Origin) -> Iterator[tuple[Sharded, _Origin]]:
-        """The rows that a factor of a dimension was merged of, outermost first; those that are enough for all ranks."""
+        """The rows that a factor of a dimension was merged of, outermost first; those that are enough for all ranks.
+
+        None where rows stand beside those that were merged, such as a class token.
+        """
         for factor, piece in origin.pieces:
             placement = factor.of_part(whole)
-            if piece.kind is _Kind.ROWS and self._rows(placement) >= self.parts:
+            covers = placement.layout.size == whole.layout.size
+            if covers and piece.kind is _Kind.ROWS and self._rows(placement) >= self.parts:
                 yield placement, piece
 
 

@@ -6,6 +6,7 @@ Counted in function calls, which are the same in every run; seconds depend on wh
 from __future__ import annotations
 
 import cProfile
+import gc
 import pstats
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -44,7 +45,10 @@ def calls_of_passes(layers: int, parts: int = 2) -> dict[str, int]:
 
     def count(clock: Any, name: str, call: Callable[..., Any], *args: Any) -> Any:
         profile = cProfile.Profile()
+        gc.collect()
+        gc.disable()  # what other tests left calls functions when it goes
         result = profile.runcall(call, *args)
+        gc.enable()
         calls[name] = pstats.Stats(profile).total_calls  # type: ignore[attr-defined]
         return result
 

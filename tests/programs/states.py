@@ -500,7 +500,7 @@ def complex_numbers_that_were_exchanged(m: Parts, x: Tensor) -> Any:
     return torch.view_as_real(sums * 2), torch.view_as_complex(m.q(x).cumsum(1).unflatten(-1, (6, 2))).abs()
 
 
-@program((2, 13, 12), parts=3, dynamic=True)
+@program((2, 13, 12), parts=3, dynamic=True, whole=True)
 def padded_by_a_length(m: Parts, x: Tensor) -> Any:
     """Pads that are symbols: as many rows again, to whole windows, and rows cut off."""
     n = x.shape[1]

@@ -244,3 +244,9 @@ def chunks_that_hand_on_a_memory(m: Parts, x: Tensor) -> Any:
         memory = y[:, :3]
         made.append(y[:, 3:])
     return torch.cat(made, 1), memory
+
+
+@program((2, 5, 3, 12), parts=2, moves={"all_to_all": 4, "gather_output": 1})
+def class_token_before_an_image(m: Parts, x: Tensor) -> Any:
+    """Rows of an image are not the rows of the sequence, which has one more."""
+    return m.block(torch.cat([m.cls.expand(2, 1, 12), m.q(x).flatten(1, 2)], 1))
