@@ -36,6 +36,7 @@ from sp_compile.ops import MOVING_OPS
 from sp_compile.plan import COMPUTED_AGAIN, LeavingOutput, ShardedGraph, ShardingPlan, SitePlan
 from sp_compile.rule import argument_defaults, in_order
 from sp_compile.rules.halo import neighbouring_rows
+from sp_compile.rules.registry import READS_MEMORY
 from sp_compile.sharding import (
     REPLICATED,
     GroupedHeads,
@@ -145,7 +146,8 @@ class _Writer:
         elif isinstance(value, torch.SymInt) and self._known(size_of(value)):
             return
         elif plan is None or plan.sharding is None:
-            self.written[node] = self._named(self._add(node, op, *self._arguments(node, [])), node.name)
+            operands = self.laid_out(node, self._whole_operands(node))
+            self.written[node] = self._named(self._add(node, op, *self._arguments(node, operands)), node.name)
         else:
             local = _GraphOp(self, node)
             rule = self.rules.rule(node)
@@ -175,8 +177,8 @@ class _Writer:
         return self.convert(node, REPLICATED) if is_tensor(node) else self.written[node]
 
     def _arguments(self, node: fx.Node, operands: Sequence[fx.Node]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call with these operands (none given: whole values) and global sizes."""
-        left = list(operands) if operands else self._whole_operands(node)
+        """The arguments of a call with these operands and global sizes."""
+        left = list(operands)
 
         def rewrite(value: Any) -> Any:
             if isinstance(value, fx.Node):
@@ -192,6 +194,25 @@ class _Writer:
         assert op is not None
         args, kwargs = pytree.tree_map(rewrite, in_order(op, node.args, node.kwargs))
         return args, kwargs
+
+    def laid_out(self, node: fx.Node, operands: Sequence[fx.Node]) -> list[fx.Node]:
+        """The operands of an op; of a foreign one, that may read its memory, as they lie there on one device."""
+        foreign = node.op == "call_module"
+        if isinstance(node.target, torch._ops.OpOverload):
+            foreign = node.target.namespace not in ("aten", "prims") or node.target in READS_MEMORY
+        if not foreign:
+            return list(operands)
+        alone = self.rules.operands(node)
+        return [
+            self._in_order(local, _memory_order(each.meta["val"])) for local, each in zip(operands, alone, strict=True)
+        ]
+
+    def _in_order(self, value: fx.Node, order: Sequence[int]) -> fx.Node:
+        """A value whose dimensions lie in memory in an order, the outermost first; no copy of one that lies so."""
+        if list(order) == sorted(order):
+            return self.emit(aten.contiguous.default, value)
+        laid = self.emit(aten.contiguous.default, self.emit(aten.permute.default, value, list(order)))
+        return self.emit(aten.permute.default, laid, [order.index(dim) for dim in range(len(order))])
 
     def _whole_operands(self, node: fx.Node) -> list[fx.Node]:
         """Every operand whole, but for those of which only dtype and device matter."""
@@ -472,6 +493,7 @@ class _GraphOp(_LocalGraph):
                 self._operands.append(writer.written[value])
             else:
                 self._operands.append(writer.replicate(value))
+        self._operands = writer.laid_out(node, self._operands)
         self.args, self.kwargs = writer._arguments(node, self._operands)
 
     def operand(self, index: int) -> fx.Node:

@@ -124,11 +124,6 @@ def _rewrite(graph: Graph, traced: GraphModule, old: Node, env: dict[Node, Any],
         pads: Any = new.args[1]
         cropped = _cropped(graph, new)
         new.args = (cropped, [0 if _cuts_off(pad) else pad for pad in pads], *new.args[2:])
-    elif target is aten.view_as_complex.default:
-        # That demands that the two halves lie side by side, as they may not where they were exchanged.
-        with graph.inserting_before(new):
-            halves = tuple(_emit(graph, new, aten.select.int, env[operand], -1, half) for half in (0, 1))
-        new.target, new.args = aten.complex.default, halves
     return new
 
 

@@ -28,7 +28,7 @@ from .cost import contraction_flops
 from .graph import GraphRules, source_of
 from .plan import AttentionSite, SiteOperand
 from .rule import factors_of
-from .sharding import REPLICATED, Placement, Sharded, Size, exact_quotient, product, whole_layout
+from .sharding import REPLICATED, Placement, Sharded, Size, exact_quotient, longest_share, product, whole_layout
 
 Vote = tuple[fx.Node, Sharded]
 """A value, and where it would be sharded."""
@@ -326,14 +326,9 @@ class _Chooser:
 
     def _spares_work(self, coarse: Sharded, rows: Sharded, piece: _Origin) -> bool:
         """Whether layers that single rows cannot pass, and all ranks would run, take more than the longer blocks do."""
-        longer = self._padding(coarse) - self._padding(rows)
+        longer = longest_share(self._rows(coarse), self.parts) - longest_share(self._rows(rows), self.parts)
         whole = sum(self.flops[node] for node in self.flops if piece.projected >> self.rules.position(node) & 1)
         return longer * sum(self.flops.values()) < whole * (self.parts - 1)
-
-    def _padding(self, placement: Sharded) -> float:
-        """How many times its share the first rank has."""
-        rows = self._rows(placement)
-        return self.parts * -(-rows // self.parts) / rows
 
     @cached_property
     def flops(self) -> dict[fx.Node, int]:

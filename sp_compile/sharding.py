@@ -71,6 +71,15 @@ def block_rows(size: int, granule: int, parts: int) -> int:
     return granule * ((size + granule * parts - 1) // (granule * parts))
 
 
+def longest_share(count: int, parts: int) -> float:
+    """How many times an equal share the first of `parts` ranks holds of `count` rows.
+
+    >>> longest_share(5, 4)
+    1.6
+    """
+    return block_rows(count, 1, parts) * parts / count
+
+
 def block_size(size: Size, granule: Size, parts: int) -> Size:
     """`block_rows` on the planner's sizes."""
     if isinstance(size, int) and isinstance(granule, int):

@@ -30,6 +30,7 @@ from .sharding import (
     Sharded,
     Size,
     exact_quotient,
+    longest_share,
     whole_layout,
 )
 
@@ -71,8 +72,7 @@ class PlannedSoFar:
 
     def padding(self, size: Size) -> float:
         """How much more is held for a factor of this size to fall into equal blocks."""
-        count = self.rules.hint(size)
-        return self.parts * -(-count // self.parts) / count
+        return longest_share(self.rules.hint(size), self.parts)
 
 
 @dataclass(frozen=True)

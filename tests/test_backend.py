@@ -27,11 +27,13 @@ from sp_compile import (
     rewritten_graphs,
     sp_backend,
 )
+from sp_compile.comparison import on_rank
 from sp_compile.exchange import Exchange
-from sp_compile.simulation import fake_world
+from sp_compile.simulation import fake_world, simulate
 
 from .equivalence import assert_equivalent, collectives, differences, run_simulated, step
 from .models import MODELS, gpt2, inputs_of, llama
+from .programs import Parts
 from .test_passes import Block
 
 LAYER = ["gather_seq_scatter_heads_qkv", "gather_heads_scatter_seq"]
@@ -226,6 +228,23 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("view", VIEWS)
 def test_outputs_that_share_memory_still_do(view: str) -> None:
     assert_equivalent(WrittenBehind(VIEWS[view]).double(), (tokens(1, 7, 12),), parts=2)
+
+
+def test_complex_numbers_are_the_memory_that_they_were_made_of() -> None:
+    """Of an input, and of another output: what is written there afterwards shows."""
+
+    def body(m: Parts, x: Tensor) -> Any:
+        y = m.block(x)
+        return y, *(torch.view_as_complex(each.unflatten(-1, (6, 2))) for each in (x, y))
+
+    x = tokens(1, 7, 12).detach()
+    with simulate(3), torch.no_grad():
+        call = torch.compile(Parts(body), backend=partial(sp_backend, options={"inner_backend": "eager"}))
+        y, *numbers = call(x)
+        for each, made in zip((x, y), numbers, strict=True):
+            each.mul_(2)
+            for rank in range(3):
+                assert torch.equal(on_rank(each, rank), torch.view_as_real(on_rank(made, rank)).flatten(-2))
 
 
 class ViewedBehind(nn.Module):

@@ -6,7 +6,7 @@ Each is written as a user writes it, opaque to tracing and to autograd, and told
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -110,6 +110,16 @@ def scan_backward(grad: Tensor, x: Tensor, decay: Tensor) -> list[Tensor]:
     return [dx, (dx[:, 1:] * scan(x, decay)[:, :-1]).sum((0, 1))]
 
 
+def from_memory(function: Function, order: Sequence[int]) -> Function:
+    """The same as a kernel that takes operands to lie densely, their dimensions in an order, and does not look."""
+
+    def read(x: Tensor) -> Tensor:
+        strides = torch.empty([x.shape[dim] for dim in order]).stride()
+        return x.as_strided(x.shape, [strides[order.index(dim)] for dim in range(x.dim())], x.storage_offset())
+
+    return lambda *args: function(*map(read, args))
+
+
 PACKED = by_document(heads_last(attend)), by_document(heads_last(attend_backward))
 CROSS = heads_last(attend, causal=False), heads_last(attend_backward, causal=False)
 
@@ -118,12 +128,20 @@ packed_unknown = opaque("packed_attention_without_a_rule", *PACKED, "Q K V cu_se
 bshd = opaque("attention_bshd", heads_last(attend), heads_last(attend_backward), "Q K V")
 bshd_cross = opaque("cross_attention_bshd", *CROSS, "Q K V")
 bhsd = opaque("attention_bhsd", attend, attend_backward, "Q K V")
+raw = {
+    order: opaque(
+        f"attention_from_memory_{''.join(map(str, order))}", from_memory(attend, order), attend_backward, "Q K V"
+    )
+    for order in [(0, 1, 2, 3), (0, 2, 1, 3)]
+}
 linear_scan = opaque("scan", scan, scan_backward, "X DECAY")
 
 register_sharding_rule(packed, "t! (g r) d!, t! g d!, t! g v, n! -> t! (g r) v", attention="t")
 register_sharding_rule(bshd, "b t! (g r) d!, b t! g d!, b t! g v -> b t! (g r) v", attention="t")
 register_sharding_rule(bshd_cross, "b q h d!, b k! h d!, b k! h v -> b q h v", attention="q k")
 register_sharding_rule(bhsd, "b h t! d!, b h t! d!, b h t! v -> b h t! v", attention="t")
+for each in raw.values():
+    register_sharding_rule(each, "b h t! d!, b h t! d!, b h t! v -> b h t! v", attention="t")
 register_sharding_rule(linear_scan, "b s! c, c -> b s! c")
 
 
@@ -227,6 +245,19 @@ def test_heads_before_the_sequence(parts: int) -> None:
 
     (graph,) = assert_equivalent(Parts(body), (tokens(1, 13, 12),), parts=parts)
     assert not graph.plan.fallbacks and moved(graph) == ULYSSES and collectives(graph)[:2] == LAYER
+
+
+@pytest.mark.parametrize("attention", ["auto", "replicate"])
+@pytest.mark.parametrize("parts", [2, 3, 4])
+@pytest.mark.parametrize("order", raw)
+def test_operands_lie_in_memory_as_on_one_device(order: tuple[int, ...], parts: int, attention: str) -> None:
+    def body(m: Parts, x: Tensor) -> Any:
+        q, k, v = (y.transpose(1, 2) for y in qkv(m, x))
+        if order == (0, 1, 2, 3):
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        return m.o(m.join(raw[order](q, k, v)))
+
+    assert_equivalent(Parts(body), (tokens(2, 13, 12),), parts=parts, options={"attention": attention})
 
 
 @pytest.mark.parametrize("attention", ["auto", "all_gather_kv", "replicate"])

@@ -184,21 +184,19 @@ def _root(local: LocalOp, variance: fx.Node) -> fx.Node:
     until="complex numbers: the square of an absolute value",
 )
 def variance_rule(call: OpCall) -> OpShardingRule | None:
-    """The mean first, then the mean square of what differs from it: exact where `E[x^2] - E[x]^2` cancels.
-
-    There the mean needs no gradient: the sum of `x - mean` is 0.
-    """
+    """The mean first, then the mean square of what differs from it: exact where `E[x^2] - E[x]^2` cancels."""
     dims, keepdim, dtype = _reduced(call)
-    if call.operands[0].dtype.is_complex:
-        return reduction_rule(call, dims, keepdim, None)
-    wide = widened_dtype(dtype)
+    wide, size = widened_dtype(dtype), product([call.operands[0].shape[at] for at in dims])
     correction = 1 if call["correction"] is None else call["correction"]
-
+    freedom = size - correction
+    # Without degrees of freedom gradients are neither those of a formula nor alike from op to op.
+    positive = freedom > 0 if isinstance(size, int) else correction in (0, 1)
+    if call.operands[0].dtype.is_complex or not positive:
+        return reduction_rule(call, dims, keepdim, None)
     roots = call.target in (aten.std.correction, aten.std_mean.correction)
 
     def body(local: LocalOp) -> fx.Node | tuple[fx.Node, ...]:
         value, placement = local.emit(aten.to.dtype, local.operand(0), wide), local.operands[0]
-        size = product([call.operands[0].shape[at] for at in dims])
         total = masked_sum(local, value, placement, dims, True, wide)
         mean = local.emit(aten.div.Tensor, total, local.size(size))
         # The sum of `x - mean` is 0, and so is the mean's gradient by way of the squares: no rank sends its part.
@@ -211,7 +209,8 @@ def variance_rule(call: OpCall) -> OpShardingRule | None:
             aten.mul.Tensor, shift if keepdim else local.emit(aten.squeeze.dims, shift, dims), local.size(size)
         )
         spread = local.emit(aten.sub.Tensor, spread, shift)
-        variance = local.emit(aten.div.Tensor, spread, local.size(size_of(size - correction)))
+        divisor = freedom if isinstance(size, int) else local.size(size_of(freedom))
+        variance = local.emit(aten.div.Tensor, spread, divisor)
         made = local.emit(aten.to.dtype, _root(local, variance) if roots else variance, dtype)
         if len(call.results) == 1:
             return made

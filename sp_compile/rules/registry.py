@@ -48,6 +48,8 @@ _DECOMPOSED: dict[Op, Predicate] = {}
 _TAKES_EMPTY: set[Op] = set()
 ATTENTION: dict[object, AttentionRoles] = {}
 """The ops that are an attention by themselves."""
+READS_MEMORY: set[object] = set()
+"""The ATen ops that demand how an operand lies in memory: what was exchanged or gathered may lie otherwise."""
 
 
 def rule(
@@ -135,7 +137,8 @@ def register_sharding_rule(op: OpOverload | OpOverloadPacket, text: str, *, atte
     """Tell how an op of your own may be sharded.
 
     `register_sharding_rule(torch.ops.mylib.scan, "b s! c, c -> b s! c")` says that the op runs right on a slice of its
-    batch or channels, but needs the sequence `s` whole. See `sp_compile.rule` for the notation.
+    batch or channels, but needs the sequence `s` whole. See `sp_compile.rule` for the notation. Operands lie in memory
+    as on one device, contiguous or transposed; gradients may lie otherwise, as autograd's may anywhere.
 
     `attention` says that the op is an attention, whose first three operands are query, key and value, and names the
     factors of the query and the key length; one name if they are one. It is then planned as

@@ -11,7 +11,7 @@ from torch import fx
 from ..rule import Body, Dim, Joined, LocalOp, OpCall, OpShardingRule, TensorSpec, divide
 from ..sharding import Layout, Sharded, Size, exact_quotient, product, size_of
 from .dims import broadcast_factors, factors, fit, plain, wrap
-from .registry import rule, rules_from_text
+from .registry import READS_MEMORY, rule, rules_from_text
 
 aten = torch.ops.aten
 
@@ -136,7 +136,11 @@ def t_rule(call: OpCall) -> OpShardingRule | None:
     return fit(call, [dims], [dims[::-1]], movement=True)
 
 
-rules_from_text({aten.view_as_real.default: "... -> ... c!"}, because="the two halves of a number stay together")
+rules_from_text(
+    {aten.view_as_complex.default: "... c! -> ...", aten.view_as_real.default: "... -> ... c!"},
+    because="the two halves of a number stay together",
+)
+READS_MEMORY.update({aten.view_as_complex.default, aten.view.dtype, aten._weight_norm_interface.default})
 
 rules_from_text(
     {aten.tril.default: "... a! b! -> ... a! b!", aten.triu.default: "... a! b! -> ... a! b!"},

@@ -147,6 +147,18 @@ def std_of_equal_rows(m: Parts, x: Tensor) -> Any:
     return y.std(1), torch.std_mean(y, (0, 1))[0]
 
 
+@program(X)
+def variances_of_other_degrees_of_freedom(m: Parts, x: Tensor) -> Any:
+    """A fraction; none left, where values are infinite; fewer than none."""
+    y = m.block(x)
+    return (
+        y.var(1, correction=1.5),
+        y.std((0, 1), correction=2),
+        y.var(1, correction=13).isinf(),
+        y.var(1, correction=20),
+    )
+
+
 @program(X, moves={"all_to_all": 4, "all_reduce": 10, "gather_output": 2})
 def std_correction(m: Parts, x: Tensor) -> Any:
     y = m.block(x)

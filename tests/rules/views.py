@@ -34,6 +34,7 @@ def cases() -> Iterator[Case]:
     yield case(aten.transpose.int, f(2, 5, 7), -1, 0)
     yield case(aten.t.default, f(5, 7))
     yield case(aten.t.default, f(7))
+    yield case(aten.view_as_complex.default, f(5, 7, 2))
     yield case(aten.view_as_real.default, torch.complex(f(5, 7), f(5, 7)))
     yield case(aten.tril.default, f(3, 5, 7))
     yield case(aten.triu.default, f(3, 5, 7), 1)
