@@ -203,9 +203,15 @@ class _Writer:
         if not foreign:
             return list(operands)
         alone = self.rules.operands(node)
-        return [
-            self._in_order(local, _memory_order(each.meta["val"])) for local, each in zip(operands, alone, strict=True)
-        ]
+        return [self._in_order(local, self._memory_order(each)) for local, each in zip(operands, alone, strict=True)]
+
+    def _memory_order(self, value: fx.Node) -> list[int]:
+        """The dimensions of a captured value from the outermost in memory to the innermost.
+
+        Strides that are symbols are compared as they were when the graph was made: no length changes their order.
+        """
+        strides = [self.rules.hint(size_of(stride)) for stride in value.meta["val"].stride()]
+        return sorted(range(len(strides)), key=lambda dim: (-strides[dim], dim))
 
     def _in_order(self, value: fx.Node, order: Sequence[int]) -> fx.Node:
         """A value whose dimensions lie in memory in an order, the outermost first; no copy of one that lies so."""
@@ -271,7 +277,7 @@ class _Writer:
 
     def _gather_output(self, value: fx.Node, role: str) -> fx.Node:
         """A whole output, laid out in memory as the captured one: code behind a graph break may `view` it."""
-        placement, order = self.plan.placement(value), _memory_order(value.meta["val"])
+        placement, order = self.plan.placement(value), self._memory_order(value)
         if not isinstance(placement, Sharded) or order == sorted(order):
             return self.convert(value, REPLICATED, role)
         local = self.emit(aten.permute.default, self.convert(value, placement), order)
@@ -550,14 +556,6 @@ def _call_locally(local: _GraphOp) -> fx.Node:
         else:
             kwargs[local.shape_argument] = shape
     return local.emit(local.call.target, *args, **kwargs)
-
-
-def _memory_order(value: torch.Tensor) -> list[int]:
-    """The dimensions from the outermost in memory to the innermost; as they are where strides are symbolic."""
-    strides = value.stride()
-    if not all(isinstance(stride, int) for stride in strides):
-        return list(range(value.dim()))
-    return sorted(range(value.dim()), key=lambda dim: (-strides[dim], dim))
 
 
 def _viewed(value: fx.Node) -> fx.Node | None:

@@ -78,13 +78,14 @@ def find_packs(graph: fx.Graph) -> list[tuple[fx.Node, ...]]:
     return [tuple(pack) for pack in packs if len(pack) > 1 or pack[0].target is _GATHER]
 
 
-def _between(first: fx.Node, last: fx.Node, position: Mapping[fx.Node, int]) -> set[fx.Node]:
+def _between(first: fx.Node, last: fx.Node, position: Mapping[fx.Node, int]) -> dict[fx.Node, None]:
     """What the last node is made of that is not there when the first one starts."""
-    found: set[fx.Node] = set()
+    found: dict[fx.Node, None] = {}  # in an order that is the same in every run
     stack = [last]
     while stack:
-        above = {each for each in stack.pop().all_input_nodes if position[each] >= position[first]} - found
-        found |= above
+        sources = stack.pop().all_input_nodes
+        above = [each for each in sources if each not in found and position[each] >= position[first]]
+        found |= dict.fromkeys(above)
         stack += above
     return found
 
