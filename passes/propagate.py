@@ -26,7 +26,7 @@ from torch import fx
 
 from sp_compile.borrowers import join_borrowers
 from sp_compile.graph import GraphRules, op_of, source_of
-from sp_compile.homes import Vote, choose_homes, sequence_home
+from sp_compile.homes import Vote, choose_homes, homes_of_mixed
 from sp_compile.links import DEFAULT_LINKS, Links
 from sp_compile.plan import AttentionSite, Fallback, NodePlan, ShardingPlan, SiteOperand, SitePlan
 from sp_compile.rule import OpSharding, OpShardingRule
@@ -43,6 +43,9 @@ from sp_compile.sharding import (
     whole_layout,
 )
 from sp_compile.site_plans import PlannedSoFar, SitePlanner
+
+MOST_PADDING = 1.5
+"""How many times its share of a sequence a rank computes, at most, before rows go to the ranks that have none."""
 
 
 def propagate(
@@ -115,7 +118,7 @@ class _Planner(PlannedSoFar):
         inputs: Mapping[fx.Node, Sharded],
         links: Links,
     ) -> None:
-        homes = choose_homes(rules, sites, parts) or [sequence_home(rules, end) for end in mixers]
+        homes = choose_homes(rules, sites, parts) or [vote for end in mixers for vote in homes_of_mixed(rules, end)]
         super().__init__(rules, parts, find_marks(rules, homes))
         self.links = links
         self.site_planner = SitePlanner(self, attention, links)
@@ -215,12 +218,21 @@ class _Planner(PlannedSoFar):
             self.homes[node, result] = _elect(votes) if mark else next(iter(found), REPLICATED)
 
     def _homeward(self, node: fx.Node, sharding: OpSharding) -> tuple[Placement, ...]:
-        """The results of an op that borrows another dimension than that of the sequence are brought home."""
+        """The results of an op that borrows another dimension than that of the sequence are brought home.
+
+        So are, where no attention follows that levels them, the first rows of a long sequence: few ranks have them all.
+        """
         homes = [self.homes.get((node, result), REPLICATED) for result in range(len(sharding.results))]
         return tuple(
-            home if isinstance(made, Sharded) and isinstance(home, Sharded) and made.dim != home.dim else made
+            home if isinstance(home, Sharded) and self._is_away(made, home) else made
             for made, home in zip(sharding.results, homes, strict=True)
         )
+
+    def _is_away(self, made: Placement, home: Sharded) -> bool:
+        if not isinstance(made, Sharded):
+            return False
+        rows, equal = (self.rules.hint(each.layout.local_size(self.parts)) for each in (made, home))
+        return made.dim != home.dim or (not self.sites and rows > MOST_PADDING * equal)
 
     # One op
 
@@ -260,8 +272,9 @@ class _Planner(PlannedSoFar):
         if self.rules.is_weight(node):
             return None
         for result in range(len(rule.results)):
-            mark = self.marks.get((node, result))
-            if mark is not None and self.rules.is_activation(node) and self._is_followed(node, mark):
+            # Below a site that did not shard nothing begins; below a mixer of what the user gives whole, all that does.
+            mark = (self.marks if self.sites else self.homes).get((node, result))
+            if isinstance(mark, Sharded) and self.rules.is_activation(node) and self._is_followed(node, mark):
                 sharding = rule.follow_result(result, mark, placements)
                 if sharding is not None:
                     return NodePlan(sharding, sharding.results)

@@ -29,8 +29,8 @@ from .cost import Conversion, Price, conversion_price, sum_price
 from .graph import op_of, source_of
 from .links import Links
 from .plan import NodePlan
-from .rule import OpSharding
-from .sharding import REPLICATED, Placement, Replicated, Sharded
+from .rule import OpSharding, factors_of
+from .sharding import REPLICATED, Placement, Replicated, Sharded, whole_layout
 from .site_plans import PlannedSoFar
 
 Value: TypeAlias = tuple[fx.Node, int]
@@ -73,7 +73,7 @@ class _Away:
 
     @property
     def is_batch(self) -> bool:
-        """Whether it is a dimension of what the user gives, and of no parameter."""
+        """Whether it is a dimension of what the user gives, and meets none of a parameter."""
         return self.is_of_input and not self.is_of_weight
 
 
@@ -117,6 +117,7 @@ class _Regions:
         away, waiting = _Away({value: placement}), deque([value])
         while waiting:
             at = waiting.popleft()
+            away.is_of_weight |= any(self._meets_weight(*use, away.placements[at].dim) for use in self.users[at])
             for node in (at[0], *(user for user, _ in self.users[at])):
                 if node in self.movable and node not in away.plans:
                     waiting += self._pass(node, away)
@@ -144,20 +145,30 @@ class _Regions:
         for value, placement in (*results, *zip(operands, sharding.operands, strict=True)):
             above = value[0]
             if isinstance(placement, Sharded) and value not in away.placements:
-                away.is_of_weight |= self._is_of_weight(above, placement)
                 away.is_of_input |= above.op == "placeholder" and not self.rules.is_weight(above)
                 if above in self.movable and placement != self._delivered(value, self.so_far.nodes):
                     away.placements[value] = placement
                     yield value
 
-    def _is_of_weight(self, value: fx.Node, placement: Sharded) -> bool:
-        """Whether a placement is along a dimension of a parameter; not along one that a parameter is expanded by."""
-        at: Sharded | None = placement
-        while self.rules.is_weight(value) and value.op != "placeholder" and at is not None:
-            rule = self.rules.rule(value)
+    def _meets_weight(self, node: fx.Node, operand: int, dim: int) -> bool:
+        """Whether an op takes a dimension of an operand together with one of a parameter, if only to sum over it; not
+        one that the parameter is expanded by."""
+        rule = self.rules.rule(node)
+        taken = set(factors_of(rule.operands[operand][dim])) if rule else set()
+        return any(
+            self.rules.is_weight(value) and not taken.isdisjoint(factors_of(each)) and self._is_own(value, at)
+            for value, dims in zip(self.rules.operands(node), rule.operands if rule else (), strict=False)
+            for at, each in enumerate(dims)
+        )
+
+    def _is_own(self, weight: fx.Node, dim: int) -> bool:
+        """Whether a dimension of a weight is one of the parameters that it is made of."""
+        at: Sharded | None = Sharded(dim, whole_layout(self.rules.shape(weight)[dim]))
+        while weight.op != "placeholder" and at is not None:
+            rule = self.rules.rule(weight)
             at = rule.carry_back(0, at)[0] if rule else None
-            (value,) = value.all_input_nodes
-        return self.rules.is_weight(value) and at is not None
+            (weight,) = weight.all_input_nodes
+        return at is not None
 
     def _agrees(self, node: fx.Node, sharding: OpSharding, placements: Mapping[Value, Sharded]) -> bool:
         """Whether an op takes and makes what others do as they do."""

@@ -1,4 +1,7 @@
-"""A traced graph in one vocabulary: one reshape, no asserts of what is known, writes to inputs as an epilogue."""
+"""A traced graph in one vocabulary: one reshape, Fourier transforms of one dimension, no asserts of what is known.
+
+Writes to inputs are an epilogue.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.attention
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch.fx import Graph, GraphModule, Node
@@ -34,6 +38,7 @@ _ASSERTS = (
     aten.sym_constrain_range_for_size.default,
 )
 _BY_MEMORY = (aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default)
+_FOURIER = (aten._fft_c2c.default, aten._fft_r2c.default, aten._fft_c2r.default)
 _RESHAPES = (aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default)
 
 
@@ -118,6 +123,8 @@ def _rewrite(graph: Graph, traced: GraphModule, old: Node, env: dict[Node, Any],
             new.target = aten.clone.default
     elif target is aten.cat.default:
         _drop_empty_operands(new)
+    elif target in _FOURIER:
+        _transform_in_turn(graph, new)
     elif target in _BY_MEMORY:
         new.args = (_in_memory_order(graph, new), *new.args[1:])
     elif target is aten.constant_pad_nd.default:
@@ -130,9 +137,28 @@ def _rewrite(graph: Graph, traced: GraphModule, old: Node, env: dict[Node, Any],
 def _emit(graph: Graph, like: Node, target: OpOverload, *args: Any, **kwargs: Any) -> Node:
     """An op more on the line of `like`."""
     node = graph.call_function(target, args, kwargs)
-    made = target(*pytree.tree_map_only(Node, lambda each: each.meta["val"], args), **kwargs)
+    with enable_python_dispatcher():
+        made = target(*pytree.tree_map_only(Node, lambda each: each.meta["val"], args), **kwargs)
     node.meta = {**like.meta, "val": made}
     return node
+
+
+def _transform_in_turn(graph: Graph, node: Node) -> None:
+    """A Fourier transform of several dimensions as one of each. The last dimension is the one that may have a real
+    side: it is the first to be transformed, and the last one back to real numbers.
+
+    So what has to be whole for one need not be for the next.
+    """
+    operand, dims, norm, kind = node.args
+    assert isinstance(node.target, OpOverload) and isinstance(dims, (list, tuple))
+    forward = kind if node.target is aten._fft_c2c.default else node.target is aten._fft_r2c.default
+    steps: list[tuple[OpOverload, Any, Any]] = [(aten._fft_c2c.default, [dim], forward) for dim in reversed(dims[:-1])]
+    steps.insert(len(steps) if node.target is aten._fft_c2r.default else 0, (node.target, dims[-1:], kind))
+    with graph.inserting_before(node):
+        for target, dim, own in steps[:-1]:
+            operand = _emit(graph, node, target, operand, dim, norm, own)
+    node.target, dim, own = steps[-1]
+    node.args = (operand, dim, norm, own)
 
 
 def _cropped(graph: Graph, padded: Node) -> Any:

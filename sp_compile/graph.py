@@ -34,6 +34,11 @@ def is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
+def _has_gradients(value: torch.Tensor) -> bool:
+    """Whether a tensor is of numbers that a gradient may have: no counts, no flags."""
+    return value.is_floating_point() or value.is_complex()
+
+
 def source_of(value: fx.Node) -> tuple[fx.Node, int]:
     """The op that made a value, and which of its results it is: `getitem` names one of several."""
     if value.target is getitem:
@@ -148,8 +153,7 @@ class GraphRules:
                 begins = isinstance(value, torch.Tensor) and value.requires_grad
             else:
                 begins = not found.isdisjoint(node.all_input_nodes)
-            floats = not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex()
-            if begins and floats:
+            if begins and (not isinstance(value, torch.Tensor) or _has_gradients(value)):
                 found.add(node)
         return frozenset(found)
 
@@ -169,11 +173,11 @@ class GraphRules:
         for node in self.graph.nodes:
             value = node.meta.get("val")
             if node.op == "placeholder" or node.op == "get_attr":
-                begins = isinstance(value, torch.Tensor) and value.is_floating_point()
+                begins = isinstance(value, torch.Tensor) and _has_gradients(value)
                 if begins and (value.requires_grad or value.dim() >= 2):
                     found.add(node)
             elif not found.isdisjoint(node.all_input_nodes) and (
-                not isinstance(value, torch.Tensor) or value.is_floating_point()
+                not isinstance(value, torch.Tensor) or _has_gradients(value)
             ):
                 found.add(node)
         return frozenset(found)

@@ -25,7 +25,7 @@ from operator import or_
 from torch import fx
 
 from .cost import contraction_flops
-from .graph import GraphRules, source_of
+from .graph import GraphRules, is_tensor, source_of
 from .plan import AttentionSite, SiteOperand
 from .rule import factors_of
 from .sharding import REPLICATED, Placement, Sharded, Size, exact_quotient, longest_share, product, whole_layout
@@ -61,6 +61,20 @@ def sequence_home(rules: GraphRules, end: SiteOperand) -> Vote:
     """The sequence of one operand, whole rows of it anywhere."""
     value = rules.operands(end.node)[end.index]
     return value, Sharded(end.dim, whole_layout(rules.shape(value)[end.dim]))
+
+
+def homes_of_mixed(rules: GraphRules, end: SiteOperand) -> list[Vote]:
+    """The sequence of an operand that an op mixes, and the one that it makes of it in the same place."""
+    homes, rule = [sequence_home(rules, end)], rules.rule(end.node)
+    shape = rules.shape(end.node) if is_tensor(end.node) else ()
+    assert rule is not None
+    if end.dim < len(shape):
+        mixed, made = (set(factors_of(dims[end.dim])) for dims in (rule.operands[end.index], rule.results[0]))
+        others = [at for at, operand in enumerate(rules.operands(end.node)) if not rules.is_weight(operand)]
+        given = {factor for at in others for dim in rule.operands[at] for factor in factors_of(dim)}
+        if made and made.isdisjoint(given - mixed):
+            homes.append((end.node, Sharded(end.dim, whole_layout(shape[end.dim]))))
+    return homes
 
 
 class _Kind(Flag):

@@ -191,6 +191,7 @@ def test_memory_that_is_projected(tokens: int, memory: int, parts: int, strategy
 
 
 WIDE, TAPS = nn.Linear(5, 6), torch.randn(6, 1, 3)
+TOKENS = nn.Parameter(torch.randn(7, 9))
 
 
 def convolved(x: Tensor) -> Tensor:
@@ -223,7 +224,7 @@ def row_by_row(x: Tensor) -> Tensor:
     return WIDE(F.layer_norm(x, (5,))).softmax(-1)
 
 
-@pytest.mark.parametrize("mix", [convolved, dense, summed_up, outer_products, scanned])
+@pytest.mark.parametrize("mix", [convolved, dense, fourier, summed_up, outer_products, scanned])
 def test_what_mixes_tokens_shards_them(mix: Callable[..., Any]) -> None:
     _, rules = rules_of(mix, heads(1, 9, 5))
     plan = propagate(rules, (), find_mixers(rules), 2, "auto")
@@ -231,9 +232,24 @@ def test_what_mixes_tokens_shards_them(mix: Callable[..., Any]) -> None:
     assert plan.placement(linear) == Sharded(1, whole_layout(9))
 
 
-@pytest.mark.parametrize("mix", [fourier, row_by_row])
-def test_without_a_dimension_to_borrow_or_anything_mixed_nothing_is_found(mix: Callable[..., Any]) -> None:
-    _, rules = rules_of(mix, heads(1, 9, 5))
+def test_rows_cut_out_of_a_longer_sequence_go_to_all_ranks() -> None:
+    def long_convolution(x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(WIDE(x), n=18, dim=1) * torch.fft.rfft(TOKENS[:6].mT, n=18, dim=0)
+        return F.layer_norm(torch.fft.irfft(spectrum, n=18, dim=1)[:, :9], (6,))
+
+    _, rules = rules_of(long_convolution, heads(1, 9, 5))
+    plan = propagate(rules, (), find_mixers(rules), 3, "auto")
+    norm = next(node for node in plan.nodes if node.name == "layer_norm")
+    assert plan.placement(norm) == Sharded(1, whole_layout(9))
+
+
+def test_weights_mix_what_stands_beside_features() -> None:
+    _, rules = rules_of(lambda x: F.linear(F.linear(WIDE(x).mT, TOKENS).relu(), TOKENS.mT), heads(1, 9, 5))
+    assert [(end.node.name, end.dim) for end in find_mixers(rules)] == [("linear_1", 2), ("linear_2", 2)]
+
+
+def test_where_nothing_is_mixed_nothing_is_found() -> None:
+    _, rules = rules_of(row_by_row, heads(1, 9, 5))
     assert not find_mixers(rules)
 
 

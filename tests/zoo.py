@@ -242,6 +242,7 @@ encoder(
     dynamo={"capture_scalar_outputs": True},
     **EAGER,
 )
+encoder("fnet", architecture="FNetForMaskedLM", config="FNetConfig", **POSITIONS, **EAGER)
 
 
 def translation(length: int) -> dict[str, Any]:

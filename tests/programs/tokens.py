@@ -27,7 +27,7 @@ def linear_attention_alone(m: Parts, x: Tensor) -> Any:
     return x
 
 
-@program(X, moves={"all_to_all": 1, "gather_output": 1})
+@program(X, moves={"all_gather": 1, "gather_output": 1})
 def linear_attention_by_einsum(m: Parts, x: Tensor) -> Any:
     q, k, v = (f(x).view(2, 13, 3, 4) for f in (m.q, m.k, m.v))
     state = torch.einsum("bshd,bshe->bhde", k.softmax(1), v)
@@ -125,13 +125,56 @@ def running_sums(m: Parts, x: Tensor) -> Any:
     return mlp(m, x + mean * m.w + top)
 
 
-@program(X, shards=False, whole=True)
+@program(X, moves={"all_to_all": 4, "gather_output": 1})
+def tokens_mixed_by_weights(m: Parts, x: Tensor) -> Any:
+    """Tolstikhin et al. 2021, MLP-Mixer; with 12 hidden rows and 12 channels."""
+    for _ in range(2):
+        hidden = F.gelu(F.linear(m.norm(x).mT, m.table.weight[:13].mT, m.w))
+        x = mlp(m, x + F.linear(hidden, m.table.weight[20:33]).mT)
+    return x
+
+
+@program(X, moves={"all_to_all": 4, "gather_output": 1})
+def tokens_gated_by_tokens(m: Parts, x: Tensor) -> Any:
+    """Liu et al. 2021, gMLP: a convolution of one tap that takes the tokens for channels."""
+    taps = m.table.weight.flatten()[:169].view(13, 13, 1)
+    for _ in range(2):
+        gate = F.conv1d(m.norm(m.k(x)), taps, m.head.weight[:13, 0])
+        x = mlp(m, x + m.o(m.q(x) * gate))
+    return x
+
+
+@program(X, moves={"all_to_all": 3, "gather_output": 1})
+def tokens_mixed_first_of_all(m: Parts, x: Tensor) -> Any:
+    """What the user gives is whole: nothing moves before it is cut."""
+    y = mlp(m, x.cumsum(1) + torch.fft.fft(x, dim=1).imag)
+    return mlp(m, y.roll(1, 1) + y.flip(1))
+
+
+@program(X, moves={"all_to_all": 2, "gather_output": 1})
 def fourier_mixing(m: Parts, x: Tensor) -> Any:
     y = torch.fft.fft2(m.norm(x)).real
     return mlp(m, x + y)
 
 
-@program(X, moves={"all_to_all": 4, "gather_output": 1})
+@program((2, 15, 12), moves={"all_to_all": 2, "gather_output": 1})
+def filtered_images(m: Parts, x: Tensor) -> Any:
+    """Every frequency of an image of 5 by 3 tokens by a weight of its own (Rao et al. 2021)."""
+    image = m.norm(x).unflatten(1, (5, 3))
+    filters = torch.complex(m.table.weight[:10], m.table.weight[10:20]).unflatten(0, (5, 2))
+    spectrum = torch.fft.rfft2(image, dim=(1, 2), norm="ortho") * filters
+    return mlp(m, x + torch.fft.irfft2(spectrum, s=(5, 3), dim=(1, 2), norm="ortho").flatten(1, 2))
+
+
+@program(X, moves={"all_to_all": 6, "gather_output": 1}, dynamic=True)
+def fourier_transforms_of_all_norms(m: Parts, x: Tensor) -> Any:
+    y = m.norm(x)
+    there = [torch.fft.fftn(y, dim=(1, 2), norm=norm) for norm in ("forward", "backward", "ortho")]
+    back = torch.fft.ifftn(sum(there), dim=(2, 1), norm="forward")
+    return mlp(m, x + back.imag + torch.fft.hfft2(back, s=(13, 12), dim=(1, 2), norm="ortho"))
+
+
+@program(X, moves={"all_to_all": 2, "gather_output": 1})
 def long_convolution(m: Parts, x: Tensor) -> Any:
     kernel = m.table.weight[:13].exp() * (-torch.arange(13, dtype=x.dtype)[:, None]).exp()
     spectrum = torch.fft.rfft(m.norm(x), n=26, dim=1) * torch.fft.rfft(kernel, n=26, dim=0)
@@ -164,7 +207,7 @@ def language_model_without_attention(m: Parts, i: Tensor, t: Tensor) -> Any:
     return F.cross_entropy(m.head(mlp(m, x + y)).flatten(0, 1), t.flatten())
 
 
-@program(X, dynamic=True, moves={"all_to_all": 2, "all_reduce": 1})
+@program(X, dynamic=True, moves={"all_to_all": 2, "all_gather": 1, "gather_output": 1})
 def d_linear_attention_alone(m: Parts, x: Tensor) -> Any:
     q, k, v = (m.split(f(m.norm(x))) for f in (m.q, m.k, m.v))
     return mlp(m, x + m.o(m.join(q.softmax(-1) @ (k.softmax(2).mT @ v)))) / x.shape[1]
