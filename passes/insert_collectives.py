@@ -197,7 +197,7 @@ class _Writer:
 
     def laid_out(self, node: fx.Node, operands: Sequence[fx.Node]) -> list[fx.Node]:
         """The operands of an op; of a foreign one, that may read its memory, as they lie there on one device."""
-        foreign = node.op == "call_module"
+        foreign = node.op == "call_module" and self.rules.rule(node) is None
         if isinstance(node.target, torch._ops.OpOverload):
             foreign = node.target.namespace not in ("aten", "prims") or node.target in READS_MEMORY
         if not foreign:

@@ -112,10 +112,10 @@ class Coverage:
 def measure(model: Model, attention: str) -> Coverage:
     """Run one step of a model on one device and on simulated ranks."""
     module, inputs = build(model, attention, model.long), model.inputs(model.long)
+    total = contractions_of(copy.deepcopy(module), inputs)  # which writes to buffers
     alone = copy.deepcopy(module)
     torch.manual_seed(1)
     expected = step(alone, alone, (), inputs)
-    total = contractions_of(alone, inputs)
     known = {each.name for each in (*rewritten_graphs(), *unsharded_graphs())}
     got, rewritten = run_on_ranks(model, module, model.long, PARTS)
     unsharded = tuple(each for each in unsharded_graphs() if each.name not in known)
