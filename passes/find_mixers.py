@@ -23,7 +23,7 @@ from torch import fx
 
 from sp_compile.graph import GraphRules, source_of
 from sp_compile.plan import SiteOperand
-from sp_compile.rule import Dim, OpShardingRule, factors_of
+from sp_compile.rule import Dim, Joined, OpShardingRule, factors_of
 
 Dimensions: TypeAlias = set[tuple[fx.Node, int, int]]
 """By (node, result, dimension)."""
@@ -44,22 +44,27 @@ def find_mixers(rules: GraphRules) -> tuple[SiteOperand, ...]:
         assert rule is not None
         known = _follow(rules, node, rule, features, rows) | (_of_weights(rules, node, rule) - rows)
         for at, operand in enumerate(rules.operands(node)):
-            if not rules.is_weight(operand) and rules.is_activation(operand) and rules.varies(operand):
+            if rules.is_activation(operand) and rules.varies(operand):
                 mixed = _mixed(rule, at, known)
                 found += [SiteOperand(node, at, dim) for dim in mixed if _has_another(rule, at, dim)]
     return tuple(found)
 
 
+def _is_made_of_weights(rules: GraphRules, value: fx.Node) -> bool:
+    """Whether a value is a weight, or made of some, such as a product of two."""
+    return rules.is_activation(value) and not rules.varies(value)
+
+
 def _of_weights(rules: GraphRules, node: fx.Node, rule: OpShardingRule) -> set[str]:
     """The factors of an op that weights have."""
     operands = zip(rules.operands(node), rule.operands, strict=True)
-    return _factors([dims for operand, dims in operands if rules.is_weight(operand)])
+    return _factors([dims for operand, dims in operands if _is_made_of_weights(rules, operand)])
 
 
 def _of_activations(rules: GraphRules, node: fx.Node, rule: OpShardingRule) -> set[str]:
     """The factors of an op that something beside weights has."""
     operands = zip(rules.operands(node), rule.operands, strict=True)
-    return _factors([dims for operand, dims in operands if not rules.is_weight(operand)])
+    return _factors([dims for operand, dims in operands if not _is_made_of_weights(rules, operand)])
 
 
 def _summed_by_weights(rules: GraphRules, by_weights: Mapping[fx.Node, set[str]]) -> Dimensions:
@@ -95,7 +100,7 @@ def _given_features(rules: GraphRules, node: fx.Node, rule: OpShardingRule, feat
         factor
         for operand, dims in zip(rules.operands(node), rule.operands, strict=True)
         for dim, each in enumerate(dims)
-        if not rules.is_weight(operand) and (*source_of(operand), dim) in features
+        if not _is_made_of_weights(rules, operand) and (*source_of(operand), dim) in features
         for factor in factors_of(each)
     }
 
@@ -110,7 +115,11 @@ def _follow(rules: GraphRules, node: fx.Node, rule: OpShardingRule, features: Di
     found = _given_features(rules, node, rule, features)
     if not rows:
         operands = zip(rules.operands(node), rule.operands, strict=True)
-        vectors = [dims for operand, dims in operands if rules.is_weight(operand) and len(dims) == 1]
+        vectors = [
+            dims
+            for operand, dims in operands
+            if rules.is_weight(operand) and sum(bool(factors_of(dim)) for dim in dims) == 1
+        ]
         found |= (_of_weights(rules, node, rule) - _of_activations(rules, node, rule)) | _factors(vectors)
     if given <= made:
         found |= (made - given) & rule.need_replication
@@ -123,9 +132,15 @@ def _follow(rules: GraphRules, node: fx.Node, rule: OpShardingRule, features: Di
         (node, result, dim)
         for result, dims in enumerate(rule.results)
         for dim, each in enumerate(dims)
-        if not found.isdisjoint(factors_of(each))
+        if _is_feature(each, found)
     }
     return found
+
+
+def _is_feature(dim: Dim, features: set[str]) -> bool:
+    """Whether a dimension has a factor that is a feature; all, if it is of streams: a class token stands among rows."""
+    factors = factors_of(dim)
+    return not features.isdisjoint(factors) and (not isinstance(dim, Joined) or features.issuperset(factors))
 
 
 def _factors(tensors: Iterable[Sequence[Dim]]) -> set[str]:

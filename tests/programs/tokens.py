@@ -144,6 +144,16 @@ def tokens_gated_by_tokens(m: Parts, x: Tensor) -> Any:
     return x
 
 
+@program((2, 12, 12), moves={"all_to_all": 4, "gather_output": 1})
+def class_token_among_mixed_tokens(m: Parts, x: Tensor) -> Any:
+    """Scaled as in ResMLP (Touvron et al. 2021)."""
+    mix = m.table.weight.flatten()[:169].view(13, 13)
+    y = torch.cat([m.cls.expand(2, -1, -1), m.q(x)], 1)
+    for _ in range(2):
+        y = mlp(m, y + F.linear((m.cls * y).mT, mix).mT * m.w)
+    return y
+
+
 @program(X, moves={"all_to_all": 3, "gather_output": 1})
 def tokens_mixed_first_of_all(m: Parts, x: Tensor) -> Any:
     """What the user gives is whole: nothing moves before it is cut."""
