@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
+from sp_compile.canonicalize import memory_order
 from sp_compile.config import Output, SequenceParallelConfig
 from sp_compile.graph import GraphRules, is_tensor, op_of, source_of
 from sp_compile.ops import MOVING_OPS
@@ -203,15 +204,8 @@ class _Writer:
         if not foreign:
             return list(operands)
         alone = self.rules.operands(node)
-        return [self._in_order(local, self._memory_order(each)) for local, each in zip(operands, alone, strict=True)]
-
-    def _memory_order(self, value: fx.Node) -> list[int]:
-        """The dimensions of a captured value from the outermost in memory to the innermost.
-
-        Strides that are symbols are compared as they were when the graph was made: no length changes their order.
-        """
-        strides = [self.rules.hint(size_of(stride)) for stride in value.meta["val"].stride()]
-        return sorted(range(len(strides)), key=lambda dim: (-strides[dim], dim))
+        orders = [memory_order(each.meta["val"]) for each in alone]
+        return [self._in_order(local, order) for local, order in zip(operands, orders, strict=True)]
 
     def _in_order(self, value: fx.Node, order: Sequence[int]) -> fx.Node:
         """A value whose dimensions lie in memory in an order, the outermost first; no copy of one that lies so."""
@@ -277,7 +271,7 @@ class _Writer:
 
     def _gather_output(self, value: fx.Node, role: str) -> fx.Node:
         """A whole output, laid out in memory as the captured one: code behind a graph break may `view` it."""
-        placement, order = self.plan.placement(value), self._memory_order(value)
+        placement, order = self.plan.placement(value), memory_order(value.meta["val"])
         if not isinstance(placement, Sharded) or order == sorted(order):
             return self.convert(value, REPLICATED, role)
         local = self.emit(aten.permute.default, self.convert(value, placement), order)

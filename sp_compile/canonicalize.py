@@ -124,7 +124,7 @@ def _rewrite(graph: Graph, traced: GraphModule, old: Node, env: dict[Node, Any],
     elif target is aten.cat.default:
         _drop_empty_operands(new)
     elif target in _FOURIER:
-        _transform_in_turn(graph, new)
+        return _transform_in_turn(graph, new)
     elif target in _BY_MEMORY:
         new.args = (_in_memory_order(graph, new), *new.args[1:])
     elif target is aten.constant_pad_nd.default:
@@ -143,22 +143,41 @@ def _emit(graph: Graph, like: Node, target: OpOverload, *args: Any, **kwargs: An
     return node
 
 
-def _transform_in_turn(graph: Graph, node: Node) -> None:
-    """A Fourier transform of several dimensions as one of each. The last dimension is the one that may have a real
-    side: it is the first to be transformed, and the last one back to real numbers.
+def _transform_in_turn(graph: Graph, whole: Node) -> Any:
+    """A Fourier transform of several dimensions as one of each, so that what has to be whole for one need not be for
+    the next. Its result lies in memory as that of the one call, for code that looks at it there.
 
-    So what has to be whole for one need not be for the next.
+    The last dimension is the one that may have a real side: the first to be transformed from it, the last one back.
     """
-    operand, dims, norm, kind = node.args
-    assert isinstance(node.target, OpOverload) and isinstance(dims, (list, tuple))
-    forward = kind if node.target is aten._fft_c2c.default else node.target is aten._fft_r2c.default
-    steps: list[tuple[OpOverload, Any, Any]] = [(aten._fft_c2c.default, [dim], forward) for dim in reversed(dims[:-1])]
-    steps.insert(len(steps) if node.target is aten._fft_c2r.default else 0, (node.target, dims[-1:], kind))
-    with graph.inserting_before(node):
-        for target, dim, own in steps[:-1]:
-            operand = _emit(graph, node, target, operand, dim, norm, own)
-    node.target, dim, own = steps[-1]
-    node.args = (operand, dim, norm, own)
+    operand: Any
+    operand, dims, norm, kind = whole.args
+    assert isinstance(whole.target, OpOverload) and isinstance(dims, (list, tuple))
+    if len(dims) < 2:
+        return whole
+    forward = kind if whole.target is aten._fft_c2c.default else whole.target is aten._fft_r2c.default
+    steps: list[tuple[OpOverload, Any, Any]] = [(aten._fft_c2c.default, [dim], forward) for dim in dims[:-1]]
+    steps.insert(0 if whole.target is aten._fft_r2c.default else len(steps), (whole.target, dims[-1:], kind))
+    for target, dim, own in steps:
+        operand = _emit(graph, whole, target, operand, dim, norm, own)
+    order = memory_order(whole.meta["val"])
+    if memory_order(operand.meta["val"]) != order:
+        laid = _emit(graph, whole, aten.permute.default, operand, order)
+        laid = _emit(graph, whole, aten.clone.default, laid, memory_format=torch.contiguous_format)
+        operand = _emit(graph, whole, aten.permute.default, laid, [order.index(dim) for dim in range(len(order))])
+    graph.erase_node(whole)
+    return operand
+
+
+def memory_order(value: torch.Tensor) -> list[int]:
+    """The dimensions from the outermost in memory to the innermost.
+
+    Strides that are symbols are compared as they were when the graph was made: no length changes their order.
+    """
+    strides = [
+        int(each.node.shape_env.optimization_hint(each.node.expr)) if isinstance(each, torch.SymInt) else each
+        for each in value.stride()
+    ]
+    return sorted(range(len(strides)), key=lambda dim: (-strides[dim], dim))
 
 
 def _cropped(graph: Graph, padded: Node) -> Any:

@@ -115,7 +115,7 @@ class GraphRules:
         return count * int(value.element_size())
 
     def hint(self, size: Size) -> int:
-        """A size as it was when the graph was made, or a guess if data will tell; for costs and orders of strides."""
+        """A size as it was when the graph was made, or a guess if data will tell; for costs only."""
         if isinstance(size, int):
             return size
         shape_env = self._shape_env

@@ -202,6 +202,36 @@ def test_two_graphs() -> None:
     assert [collectives(graph) for graph in graphs] == [[*LAYER, "gather_output_0"]] * 2
 
 
+class ReadInMemory(nn.Module):
+    """Code behind the graph reads an output as it lies in memory: a spectrum that no rank has a part of, and one of the
+    sharded sequence."""
+
+    def __init__(self, spectrum: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.block, self.spectrum = Block(), spectrum
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = self.block(x)
+        whole, sharded = self.spectrum(x[:, 2:4]), self.spectrum(y)
+        torch._dynamo.graph_break()
+        return y, *(each.as_strided((each.numel(),), (1,)).abs() for each in (whole, sharded))
+
+
+SPECTRA: dict[str, Callable[[Tensor], Tensor]] = {
+    "c2c": torch.fft.fft2,
+    "r2c": torch.fft.rfft2,
+    "c2r": torch.fft.irfft2,
+    "three": torch.fft.rfftn,
+    "outer": lambda y: torch.fft.rfft2(y.unflatten(2, (3, -1)), dim=(1, 2)),
+    "transposed": lambda y: torch.fft.fft2(y.transpose(1, 2), dim=(2, 0)),
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_spectra_lie_in_memory_as_on_one_device(spectrum: str) -> None:
+    assert_equivalent(ReadInMemory(SPECTRA[spectrum]).double(), (tokens(2, 7, 12),), parts=2)
+
+
 class WrittenBehind(nn.Module):
     """Two outputs of the first graph share their memory, which code behind it writes to."""
 
