@@ -25,6 +25,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch.fx._lazy_graph_module import _make_graph_module
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.interp import sympy_interp
@@ -270,9 +271,12 @@ class _Writer:
         return placement, ""
 
     def _gather_output(self, value: fx.Node, role: str) -> fx.Node:
-        """A whole output, laid out in memory as the captured one: code behind a graph break may `view` it."""
+        """A whole output, laid out in memory as the captured one: code behind a graph break may look at it there."""
         placement, order = self.plan.placement(value), memory_order(value.meta["val"])
-        if not isinstance(placement, Sharded) or order == sorted(order):
+        if not isinstance(placement, Sharded):
+            whole = self.convert(value, REPLICATED, role)
+            return self._in_order(whole, order) if _has_own_memory(value) else whole
+        if order == sorted(order):
             return self.convert(value, REPLICATED, role)
         local = self.emit(aten.permute.default, self.convert(value, placement), order)
         moved = Sharded(order.index(placement.dim), placement.layout)
@@ -550,6 +554,12 @@ def _call_locally(local: _GraphOp) -> fx.Node:
         else:
             kwargs[local.shape_argument] = shape
     return local.emit(local.call.target, *args, **kwargs)
+
+
+def _has_own_memory(value: fx.Node) -> bool:
+    """Whether a value is made by an op and fills its memory in some order; not an input, nor what is expanded."""
+    tensor = value.meta["val"]
+    return value.op == "call_function" and tensor.dim() > 1 and is_non_overlapping_and_dense_or_false(tensor)
 
 
 def _viewed(value: fx.Node) -> fx.Node | None:

@@ -232,6 +232,34 @@ def test_spectra_lie_in_memory_as_on_one_device(spectrum: str) -> None:
     assert_equivalent(ReadInMemory(SPECTRA[spectrum]).double(), (tokens(2, 7, 12),), parts=2)
 
 
+class WholeInMemory(nn.Module):
+    """The same of what is made of gathered values, which do not lie as on one device."""
+
+    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.block, self.make = Block(), make
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.block(x).transpose(1, 2) * 1.5
+        whole = self.make(y)
+        torch._dynamo.graph_break()
+        return y, whole.as_strided((whole.numel(),), (1,)) * 1
+
+
+def in_a_region(y: Tensor) -> Tensor:
+    with replicated_region():
+        return y * 2
+
+
+WHOLE: dict[str, Callable[[Tensor], Tensor]] = {"region": in_a_region, "few rows": lambda y: y[:, :, 3:5] * 2}
+
+
+@pytest.mark.parametrize("make", WHOLE)
+@pytest.mark.parametrize("parts", [2, 3])
+def test_whole_outputs_lie_in_memory_as_on_one_device(make: str, parts: int) -> None:
+    assert_equivalent(WholeInMemory(WHOLE[make]).double(), (tokens(2, 7, 12),), parts=parts)
+
+
 class WrittenBehind(nn.Module):
     """Two outputs of the first graph share their memory, which code behind it writes to."""
 
