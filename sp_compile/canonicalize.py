@@ -155,8 +155,8 @@ def _transform_in_turn(graph: Graph, whole: Node) -> Any:
     if len(dims) < 2:
         return whole
     forward = kind if whole.target is aten._fft_c2c.default else whole.target is aten._fft_r2c.default
-    steps: list[tuple[OpOverload, Any, Any]] = [(aten._fft_c2c.default, [dim], forward) for dim in dims[:-1]]
-    steps.insert(0 if whole.target is aten._fft_r2c.default else len(steps), (whole.target, dims[-1:], kind))
+    steps: list[tuple[OpOverload, Any, Any]] = [(aten._fft_c2c.default, [dim], forward) for dim in reversed(dims[:-1])]
+    steps.insert(len(steps) if whole.target is aten._fft_c2r.default else 0, (whole.target, dims[-1:], kind))
     for target, dim, own in steps:
         operand = _emit(graph, whole, target, operand, dim, norm, own)
     order = memory_order(whole.meta["val"])
