@@ -23,6 +23,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch._functorch import predispatch
 from torch._guards import TracingContext, detect_fake_mode
+from torch._higher_order_ops.effects import _get_effect
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._ops import HigherOrderOperator, OpOverload
@@ -162,11 +163,12 @@ def _fakify_by_shape(fake_mode: FakeTensorMode, x: torch.Tensor, symbolic: Any, 
         return torch.empty(sizes, dtype=like.dtype, device=like.device, requires_grad=x.requires_grad)
 
 
-class _HiddenGradMode(Exception):
-    """A gradient mode that no node of the graph sets: below a custom autograd.Function, or inside
-    the C++ code of the composite operator `op`."""
+class _Hidden(Exception):
+    """What no node of the graph would stand for: a gradient mode that is set below a custom autograd.Function or in
+    the C++ code of the composite operator `op`, or an error that the latter raises."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str) -> None:
+        self.what = what
         self.op: OpOverload | None = None
 
 
@@ -202,8 +204,10 @@ class _Functionalize(FunctionalTensorMode):
     ) -> Any:
         if self._needs_grad:
             if torch.is_grad_enabled() != self.grad_mode:
-                raise _HiddenGradMode
+                raise _Hidden("a custom backward")
             self._reject_untracked_write(func, args)
+        if isinstance(func, OpOverload) and _get_effect(func) is not None:
+            raise _Hidden(f"the effect of {func}")
         if self._shared and func._schema.is_mutable:
             self._reject_write_to_shared(func, args)
         if func in _DROPOUTS and not (args[1] and args[2]):
@@ -213,7 +217,7 @@ class _Functionalize(FunctionalTensorMode):
             if self._needs_grad:
                 self._update_aliases(func, args, result)
             return result
-        except _HiddenGradMode as error:
+        except _Hidden as error:
             if error.op is None and self._can_decompose(func, args, kwargs or {}):
                 error.op = func
             raise
@@ -297,10 +301,10 @@ class _DynamoInterpreter(Interpreter):
     def run_node(self, n: Node) -> Any:
         try:
             return super().run_node(n)
-        except _HiddenGradMode as error:
+        except _Hidden as error:
             if error.op is not None:
                 raise
-            raise CaptureError(f"a custom backward would be lost ({user_line(n)})") from error
+            raise CaptureError(f"{error.what} would be lost ({user_line(n)})") from error
         except CaptureError as error:
             raise CaptureError(f"{error} ({user_line(n)})") from error.__cause__
         except Exception as error:
@@ -470,7 +474,7 @@ def _trace(
                 for region, policy in policies.items():
                     _apply_policy(traced, region, policy)
                 return traced, mutated, returned
-        except _HiddenGradMode as error:
+        except _Hidden as error:
             assert error.op is not None and error.op not in whole
             whole.add(error.op)
 

@@ -167,21 +167,23 @@ def scale_of(value: Tensor) -> float:
     """The largest finite magnitude."""
     if value.numel() == 0 or value.dtype == torch.bool:
         return 0.0
-    return float(value.detach().abs().nan_to_num(0, 0, 0).max())
+    return float(value.detach().to_dense().abs().nan_to_num(0, 0, 0).max())
 
 
 def relative_error(expected: Any, got: Any, floor: float = 0.0) -> float:
     """The largest difference, relative to the largest value that is expected, or to `floor`.
 
-    Infinite where shape, dtype, NaNs or infinities differ, where integers do, and where only one of the two is None.
+    Infinite where shape, dtype, layout, NaNs or infinities differ, where integers do, and where only one of the two is
+    None.
     """
     if type(expected) is float and type(got) is float:  # as of `item()`
         expected, got = (torch.tensor(each, dtype=torch.float64) for each in (expected, got))
     if not isinstance(expected, Tensor) or not isinstance(got, Tensor):
         same = not isinstance(expected, Tensor) and not isinstance(got, Tensor) and _same(expected, got)
         return 0.0 if same else float("inf")
-    if expected.shape != got.shape or expected.dtype != got.dtype:
+    if (expected.shape, expected.dtype, expected.layout) != (got.shape, got.dtype, got.layout):
         return float("inf")
+    expected, got = expected.to_dense(), got.to_dense()
     if expected.is_complex():
         expected, got = (torch.view_as_real(each.resolve_conj()) for each in (expected, got))
         return relative_error(expected, got, floor)

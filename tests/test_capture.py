@@ -2,6 +2,7 @@
 updated inputs and the state of the random generator."""
 
 import copy
+import math
 import re
 from collections.abc import Callable
 from typing import Any, cast
@@ -409,6 +410,13 @@ def test_composite_operators_are_decomposed_unless_kept() -> None:
     )
 
 
+def test_an_operator_that_may_raise_an_error_stays_whole() -> None:
+    (graph,) = run(Program(lambda m, x: torch.linalg.cholesky(x.diag().exp().diag()), linear()), matrix())
+    assert aten.linalg_cholesky.default in targets(graph)
+    with pytest.raises(torch.linalg.LinAlgError, match="not positive-definite"):
+        graph.graph_module(torch.full((6, 6), -math.inf))
+
+
 def test_nested_compile_regions_are_inlined() -> None:
     (graph,) = run(Program(regions, linear()), matrix())
     assert targets(graph).count(aten.linear.default) == 3
@@ -527,6 +535,12 @@ def hooked(m: Any, x: Tensor) -> Tensor:
     return y.sin()
 
 
+def checked(m: Any, x: Tensor) -> Tensor:
+    factor, info = torch.linalg.cholesky_ex(m[0](x) @ m[0](x).mT + torch.eye(6))
+    aten._linalg_check_errors(info, "checked", is_matrix=True)
+    return factor
+
+
 def view_of_written_input(m: Any, x: Tensor) -> Any:
     x.mul_(2)
     return x.view(-1)
@@ -538,6 +552,7 @@ UNSAFE: dict[str, tuple[Callable[..., Any], str]] = {
     "detached write": (lambda m, x: (y := m[0](x), y.detach().add_(1), y)[2], "unseen by autograd"),
     "inference mode": (inference, "_enter_inference_mode"),
     "write to what vmap shares": (write_to_what_an_opaque_part_shares, "memory that an opaque part"),
+    "error of its own": (checked, "the effect of aten._linalg_check_errors.default would be lost"),
     "hook": (hooked, "register_hook has effects"),
     "write in vmap": (write_in_an_opaque_part, "vmap_0 writes to what it is given"),
     "view of a written input": (view_of_written_input, "view of an input"),

@@ -409,6 +409,8 @@ def test_what_cannot_be_verified_is_refused() -> None:
         (torch.tensor([1.0]), torch.tensor([[1.0]]), float("inf")),
         (torch.tensor([1, 2]), torch.tensor([1, 3]), float("inf")),
         (torch.tensor([3 + 4j]), torch.tensor([3 + 2j]), 0.5),
+        (torch.tensor([0.0, 4.0]).to_sparse(), torch.tensor([0.0, 2.0]).to_sparse(), 0.5),
+        (torch.tensor([0.0, 4.0]).to_sparse(), torch.tensor([0.0, 4.0]), float("inf")),
         (None, torch.zeros(1), float("inf")),
         (None, None, 0.0),
         (7, 4, float("inf")),

@@ -134,7 +134,7 @@ def bilinear_rule(call: OpCall) -> OpShardingRule | None:
     return parse_rule("... i, ... j, o i j, +o -> ... o", call, bodies={"i": body, "j": body})
 
 
-@rule(aten._cdist_forward.default, until="a sum of powers over the ranks, and its root")
+@rule(aten._cdist_forward.default, aten._euclidean_dist.default, until="a sum of powers over the ranks, and its root")
 def distance_rule(call: OpCall) -> OpShardingRule | None:
     """`... p m!, ... r m! -> ... p r`"""
     return parse_rule("... p m!, ... r m! -> ... p r", call)

@@ -26,8 +26,8 @@ FEW_ROWS = 8
 def embedding_rule(call: OpCall) -> OpShardingRule | None:
     """`v! c, ... -> ... c`"""
     weight, indices = call.operands
-    if call["scale_grad_by_freq"]:
-        return None  # the frequency of an index is counted over all ranks
+    if call["scale_grad_by_freq"] or call["sparse"]:
+        return None  # the frequency of an index is counted over all ranks; a sparse gradient has no sum over them
     ids, channels = plain(indices.shape), plain(weight.shape, "c")[1]
     return fit(call, [[("v",), channels], ids], [[*ids, channels]], need_replication=frozenset("v"))
 

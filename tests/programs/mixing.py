@@ -264,6 +264,29 @@ def distances(m: Parts, x: Tensor) -> Any:
 
 
 @program(X)
+def vector_quantised(m: Parts, x: Tensor) -> Any:
+    """Each token by the nearest of a table, which learns from it, and how evenly these are used (van den Oord 2017)."""
+    y = m.block(x)
+    index = torch.cdist(y.flatten(0, 1), m.table.weight).argmin(-1).view(2, 13)
+    code, used = m.table(index), F.one_hot(index, 40).to(x.dtype).mean((0, 1))
+    loss = (code - y.detach()).square().mean() + 0.25 * (code.detach() - y).square().mean()
+    return (m.head(y + (code - y).detach()), loss, (-(used * (used + 1e-9).log()).sum()).exp(), index)
+
+
+@program(X, whole=True)
+def solved_for_tokens(m: Parts, x: Tensor) -> Any:
+    """Ridge regression: the factorisation that raises if it finds no solution runs whole, and the rest in shards."""
+    y = m.block(x)
+    gram = y.mT @ y + torch.eye(12, dtype=x.dtype)
+    return (torch.cholesky_solve(y.mT, torch.linalg.cholesky(gram)), torch.linalg.solve(gram, y.mT).mT, m.head(y))
+
+
+@program(ids(2, 13))
+def sparse_gradients(m: Parts, tokens: Tensor) -> Any:
+    return m.head(m.block(F.embedding(tokens, m.table.weight, sparse=True)))
+
+
+@program(X)
 def norms_over_tokens(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
     return (F.normalize(y, dim=1), F.layer_norm(y, (13, 12)), y / y.abs().amax(1, keepdim=True), F.softmin(y, 1))

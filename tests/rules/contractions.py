@@ -45,3 +45,5 @@ def cases() -> Iterator[Case]:
     for p in (1.0, 2.0):
         yield case(aten._cdist_forward.default, f(2, 5, 7), f(2, 3, 7), p, None)
     yield case(aten._cdist_forward.default, f(5, 7), f(2, 3, 7), 2.0, 1)
+    yield case(aten._euclidean_dist.default, f(2, 5, 7), f(2, 3, 7))
+    yield case(aten._euclidean_dist.default, f(5, 7), f(2, 3, 7))
