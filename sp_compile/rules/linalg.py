@@ -1,4 +1,8 @@
-"""Decompositions, inverses and determinants: every matrix by itself, batches pass."""
+"""Decompositions, inverses and determinants: every matrix by itself, batches pass.
+
+Those that raise an error for a matrix that they cannot take (`linalg_cholesky`, `linalg_solve`) have no rule: on whole
+values every rank raises it, and a program that catches it goes on alike on all.
+"""
 
 from __future__ import annotations
 
