@@ -96,9 +96,15 @@ class _Regions:
                     self.users[source_of(plan.sources.get(index, operand))].append((node, index))
 
     def borrows(self, node: fx.Node) -> bool:
-        """Whether an op goes home when it is done."""
+        """Whether an op takes another dimension than it is given, or goes home when it is done."""
         plan = self.so_far.nodes.get(node)
-        return node in self.movable and plan is not None and plan.delivered != plan.results()
+        if node not in self.movable or plan is None or plan.sharding is None:
+            return False
+        given = self.so_far.placements(node)
+        return plan.delivered != plan.results() or any(
+            isinstance(old, Sharded) and isinstance(new, Sharded) and old.dim != new.dim
+            for old, new in zip(given, plan.sharding.operands, strict=True)
+        )
 
     def proposals(self, node: fx.Node) -> Iterator[tuple[Value, Sharded]]:
         """The results of an op on shards of what it borrows, or might."""

@@ -34,6 +34,18 @@ def delta_rule_of_three_heads(m: Parts, x: Tensor) -> Any:
     return m.o(m.join(F.normalize(scores @ v, dim=-1)))
 
 
+@program(X, parts=4, moves={"all_to_all": 4, "all_reduce": 1})
+def states_step_by_step(m: Parts, x: Tensor) -> Any:
+    """Gated linear attention by its recurrence (Yang et al. 2024, section 3): a step borrows what the next one does."""
+    y = m.norm(x)
+    q, k, v = (m.split(f(y)) for f in (m.q, m.k, m.v))
+    forget, state, made = m.split(m.o(y)).sigmoid(), x.new_zeros(2, 3, 4, 4), []
+    for t in range(13):
+        state = state * forget[:, :, t, :, None] + k[:, :, t, :, None] * v[:, :, t, None]
+        made.append((q[:, :, t, :, None] * state).sum(-2))
+    return m.o(m.join(torch.stack(made, 2)))
+
+
 @program((2, 12, 12), parts=3, moves={"all_to_all": 6, "gather_output": 1})
 def convolved_then_split_in_streams(m: Parts, x: Tensor) -> Any:
     """Channels of q, k and v in one depthwise convolution, then by heads."""

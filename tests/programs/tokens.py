@@ -62,7 +62,7 @@ def token_mlp_of_square_tokens(m: Parts, x: Tensor) -> Any:
     return mlp(m, x)
 
 
-@program(X, moves={"all_to_all": 5, "gather_output": 1})
+@program(X, moves={"all_to_all": 4, "gather_output": 1})
 def depthwise_convolution(m: Parts, x: Tensor) -> Any:
     for _ in range(2):
         y = F.conv1d(m.norm(x).mT, m.mat[:, :4].unsqueeze(1), m.w, padding=3, groups=12)[..., :13].mT
