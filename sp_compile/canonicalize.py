@@ -209,8 +209,7 @@ def _in_memory_order(graph: Graph, strided: Node) -> Node:
     if not known or not is_non_overlapping_and_dense_or_false(value) or (offset is not None and value.storage_offset()):
         raise CaptureError(f"{strided.target} reads memory that its operand does not show ({user_line(strided)})")
     with graph.inserting_before(strided):
-        order = sorted(range(value.dim()), key=lambda dim: (-value.stride(dim), value.shape[dim] == 1))
-        flat = _emit(graph, strided, aten.permute.default, operand, order)
+        flat = _emit(graph, strided, aten.permute.default, operand, memory_order(value))
         flat = _emit(graph, strided, aten.reshape.default, flat, [-1])
         return _emit(graph, strided, aten.clone.default, flat, memory_format=torch.contiguous_format)
 

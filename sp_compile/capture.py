@@ -191,7 +191,7 @@ class _Functionalize(FunctionalTensorMode):
     def _can_decompose(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if not func._can_decompose():
             return False
-        if any(a.alias_info is not None for a in func._schema.arguments):
+        if _takes_memory(func):
             return True  # no functionalisation kernel
         return not self._whole(func, args, kwargs) and not _has_autocast_policy(func, args)
 
@@ -218,7 +218,7 @@ class _Functionalize(FunctionalTensorMode):
                 self._update_aliases(func, args, result)
             return result
         except _Hidden as error:
-            if error.op is None and self._can_decompose(func, args, kwargs or {}):
+            if error.op is None and not _takes_memory(func) and self._can_decompose(func, args, kwargs or {}):
                 error.op = func
             raise
 
@@ -287,6 +287,11 @@ def _has_autocast_policy(func: OpOverload, args: tuple[Any, ...]) -> bool:
         and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), f"Autocast{device.upper()}")
         for device in devices
     )
+
+
+def _takes_memory(func: OpOverload) -> bool:
+    """Whether an operator writes to what it is given, or returns a view of it."""
+    return any(argument.alias_info is not None for argument in func._schema.arguments)
 
 
 class _DynamoInterpreter(Interpreter):

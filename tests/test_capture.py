@@ -552,6 +552,10 @@ UNSAFE: dict[str, tuple[Callable[..., Any], str]] = {
     "detached write": (lambda m, x: (y := m[0](x), y.detach().add_(1), y)[2], "unseen by autograd"),
     "inference mode": (inference, "_enter_inference_mode"),
     "write to what vmap shares": (write_to_what_an_opaque_part_shares, "memory that an opaque part"),
+    "error below a given result": (
+        lambda m, x: torch.linalg.inv(torch.eye(6), out=torch.empty(6, 6)) + m[0](x),
+        "the effect of aten._linalg_check_errors.default would be lost",
+    ),
     "error of its own": (checked, "the effect of aten._linalg_check_errors.default would be lost"),
     "hook": (hooked, "register_hook has effects"),
     "write in vmap": (write_in_an_opaque_part, "vmap_0 writes to what it is given"),
