@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
+from torch._decomp import decomposition_table
 from torch._functorch import predispatch
 from torch._guards import TracingContext, detect_fake_mode
 from torch._higher_order_ops.effects import _get_effect
@@ -59,6 +60,8 @@ aten = torch.ops.aten
 Keep = Callable[[OpOverload | HigherOrderOperator, tuple[Any, ...], dict[str, Any]], bool]
 
 _NO_EFFECT = (torch._C._log_api_usage_once, predispatch.lazy_load_decompositions, SDPA_BACKEND, torch.broadcast_shapes)
+_MASKS = {op: decomposition_table[op] for op in (aten.tril.default, aten.triu.default)}
+"""Written out, they compare the places of rows and columns, so that a rank makes its rows of such a mask."""
 _DROPOUTS = (
     aten.dropout.default,
     aten.alpha_dropout.default,
@@ -470,7 +473,7 @@ def _trace(
             policies = mode.policies
             return [_unwrap(x) for x in (*outputs, *(wrapped[i] for i in mutated))]
 
-    table = {aten.copy.default: _copy}
+    table = {aten.copy.default: _copy, **_MASKS}
     trace = make_fx(functional, table, pre_dispatch=True, _allow_non_fake_inputs=True)
     while True:
         try:

@@ -83,12 +83,12 @@ class GraphRules:
         """The op sharding rule of a node; None if it has to run on whole values."""
         if node not in self._rules:
             is_op = op_of(node) is not None and node not in self.replicated
-            known = is_op and self.operands(node) and node.meta.get("val") is not None
-            self._rules[node] = rule_for(self.call(node)) if known and not self.sized_by_data(node) else None
+            known = is_op and node.meta.get("val") is not None and not self.sized_by_data(node)
+            self._rules[node] = rule_for(self.call(node)) if known else None
         return self._rules[node]
 
     def call(self, node: fx.Node) -> OpCall:
-        """The call of a node that has operands, as its rule sees it."""
+        """The call of a node, as its rule sees it."""
         if node not in self._calls:
             self._calls[node] = OpCall.of_node(node)
         return self._calls[node]

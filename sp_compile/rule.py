@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, Protocol, TypeAlias
@@ -457,8 +457,9 @@ class OpShardingRule:
     def _resized(self) -> Mapping[str, str]:
         """Whole dimensions of the first operand and a result in the same place, `l! -> m!`, both ways."""
         pairs: dict[str, str] = {}
+        first = self.operands[0] if self.operands else ()
         for result in self.results:
-            for before, after in zip(self.operands[0], result, strict=False):
+            for before, after in zip(first, result, strict=False):
                 both = (*factors_of(before), *factors_of(after))
                 if len(set(both)) == 2 == len(both) and self.mixed.issuperset(both):
                     pairs |= {both[0]: both[1], both[1]: both[0]}
@@ -518,6 +519,11 @@ def divide(layout: Layout, sizes: Sequence[Size]) -> list[Layout] | None:
 def factors_of(dim: Dim) -> Factors:
     """The factors of a dimension, streams included."""
     return dim.streams if isinstance(dim, Joined) else dim
+
+
+def all_factors(tensors: Iterable[Iterable[Dim]]) -> set[str]:
+    """The factors of some tensors."""
+    return {factor for dims in tensors for dim in dims for factor in factors_of(dim)}
 
 
 @dataclass(frozen=True)

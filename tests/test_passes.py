@@ -414,11 +414,10 @@ def masks_of(mask: str, eager: bool, attention: str) -> set[tuple[int, ...]]:
 
 @pytest.mark.parametrize("eager", [False, True])
 def test_a_mask_of_positions_is_built_where_it_is_used(eager: bool) -> None:
-    assert masks_of("positions", eager, "all_gather_kv") == {(7, 14)}
-    assert masks_of("positions", eager, "ulysses") == {
-        (14, 14)
-    }  # each rank has heads of its own, and all pairs of rows
-    assert masks_of("tril", eager, "all_gather_kv") == {(14, 14), (7, 14)}  # tril wants to know which rows it has
+    for mask in ("positions", "tril"):
+        assert masks_of(mask, eager, "all_gather_kv") == {(7, 14)}
+        # Each rank has heads of its own, and all pairs of rows.
+        assert masks_of(mask, eager, "ulysses") == {(14, 14)}
 
 
 def test_what_has_an_effect_stays_where_experts_are_outlined() -> None:

@@ -27,6 +27,9 @@ aten = torch.ops.aten
     aten.polar.default,
     aten._conj.default,
     aten.log_sigmoid.default,
+    aten.where.Scalar,
+    aten.where.ScalarSelf,
+    aten.where.ScalarOther,
 )
 def pointwise_rule(call: OpCall) -> OpShardingRule | None:
     """`... , ... -> ...` with broadcasting, for any number of operands."""
@@ -59,6 +62,13 @@ def copy_rule(call: OpCall) -> OpShardingRule | None:
 def like_rule(call: OpCall) -> OpShardingRule | None:
     """The shape of the operand matters, its values do not."""
     return pointwise_rule(call)
+
+
+@rule(aten.zeros.default, aten.ones.default, aten.full.default)
+def filled_rule(call: OpCall) -> OpShardingRule | None:
+    """` -> ...`: a rank makes its rows."""
+    (result,) = call.results
+    return fit(call, [], [plain(result.shape)], shape_argument="size") if result is not None else None
 
 
 @rule(

@@ -142,11 +142,6 @@ rules_from_text(
 )
 READS_MEMORY.update({aten.view_as_complex.default, aten.view.dtype, aten._weight_norm_interface.default})
 
-rules_from_text(
-    {aten.tril.default: "... a! b! -> ... a! b!", aten.triu.default: "... a! b! -> ... a! b!"},
-    until="a mask made of the local positions",
-)
-
 
 # Rows repeated
 

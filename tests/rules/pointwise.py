@@ -15,6 +15,9 @@ def cases() -> Iterator[Case]:
     yield case(aten.mul.Tensor, f(5, 7), f())
     yield case(aten.gelu.default, f(5, 7), approximate="tanh")
     yield case(aten.where.self, bools(5, 1), f(5, 7), f(7))
+    yield case(aten.where.Scalar, bools(5, 7), 1.0, 2.0)
+    yield case(aten.where.ScalarSelf, bools(5, 1), 2.0, f(5, 7))
+    yield case(aten.where.ScalarOther, bools(5, 1), f(5, 7), 0)
     yield case(aten.masked_fill.Scalar, f(3, 5, 7), bools(5, 7), -1.0)
     yield case(aten.masked_fill.Tensor, f(3, 5, 7), bools(5, 7), f())
     yield case(aten._to_copy.default, f(5, 7), dtype=torch.float32)
@@ -30,6 +33,9 @@ def cases() -> Iterator[Case]:
     yield case(aten.full_like.default, f(5, 7), 3.0)
     for target in (aten.zeros_like.default, aten.ones_like.default):
         yield case(target, f(5, 7))
+    for target in (aten.zeros.default, aten.ones.default):
+        yield case(target, [5, 7])
+    yield case(aten.full.default, [5, 7], 2.0, dtype=torch.float64)
     yield case(aten.new_zeros.default, f(5, 7), [3, 5])
     yield case(aten.new_ones.default, f(5, 7), [5, 7])
     yield case(aten.new_full.default, f(5, 7), [5, 7], 2.0)

@@ -36,8 +36,6 @@ def cases() -> Iterator[Case]:
     yield case(aten.t.default, f(7))
     yield case(aten.view_as_complex.default, f(5, 7, 2))
     yield case(aten.view_as_real.default, torch.complex(f(5, 7), f(5, 7)))
-    yield case(aten.tril.default, f(3, 5, 7))
-    yield case(aten.triu.default, f(3, 5, 7), 1)
     yield case(aten.expand.default, f(5, 1, 7), [3, 5, 2, 7])
     yield case(aten.expand.default, f(5, 1, 7), [-1, 3, -1])
     yield case(aten.repeat.default, f(5, 1, 7), [3, 2, 3, 1])
