@@ -7,9 +7,11 @@
     out:    f32[1, 4, 32, 8]  = aten.scaled_dot_product_attention(q, k, v)     the same site, as one node
 
 A written-out attention is a contraction of two activations whose result carries a dimension of each, the query length
-and the key length, then something that mixes the keys of a query (a softmax, or the sum under one), then a contraction
-that sums over the key length. What lies between belongs to the site. The op names are never asked for: the rules know
-which dimension is which.
+and the key length, and then a contraction that sums over the key length. What lies between belongs to the site: a
+softmax over the keys, or scores that are taken as they are, under a sigmoid, a ReLU or a matrix of decays (Ramapuram et
+al. 2024; Sun et al. 2023, RetNet, section 2.1), if it is features that were summed. Linear attention, `q @ (k_t @ v)`,
+sums rows first: what would be the lengths are features, and it is no site. The op names are never asked for: the rules
+know which dimension is which.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from operator import getitem
 
 from torch import fx
 
+from sp_compile.features import Features
 from sp_compile.graph import GraphRules
 from sp_compile.plan import AttentionSite, SiteOperand
-from sp_compile.rule import Dim, OpShardingRule, factors_of
+from sp_compile.rule import OpShardingRule, all_factors, factors_of
 from sp_compile.rules.registry import ATTENTION, AttentionRoles
 from sp_compile.sharding import REPLICATED, Placement, Sharded, whole_layout
 
@@ -31,12 +34,13 @@ def find_attention(rules: GraphRules) -> tuple[AttentionSite, ...]:
     """The attention sites, in the order of the graph; no node belongs to two."""
     sites: list[AttentionSite] = []
     taken: set[fx.Node] = set()
+    features = Features(rules)
     for node in rules.graph.nodes:
         rule = rules.rule(node)
         if rule is None or node in taken:
             continue
         roles = ATTENTION.get(node.target)
-        site = _fused(node, rule, roles) if roles is not None else _written_out(node, rule, rules)
+        site = _fused(node, rule, roles) if roles is not None else _written_out(node, rule, rules, features)
         if site is not None and taken.isdisjoint(site.nodes):
             sites.append(site)
             taken.update(site.nodes)
@@ -51,13 +55,9 @@ def _fused(node: fx.Node, rule: OpShardingRule, roles: AttentionRoles) -> Attent
     return AttentionSite((node,), end(roles.query), end(roles.key), end(roles.value))
 
 
-def _factors(dims: Iterable[Dim]) -> set[str]:
-    return {factor for dim in dims for factor in factors_of(dim)}
-
-
 def _own_dimension(rule: OpShardingRule, operand: int, other: int) -> int | None:
     """The dimension of an operand that the result has and the other operand has not; the last of the result's."""
-    elsewhere = _factors(rule.operands[other])
+    elsewhere = all_factors([rule.operands[other]])
     for made in reversed(rule.results[0]):
         if made and made in rule.operands[operand] and elsewhere.isdisjoint(factors_of(made)):
             return rule.operands[operand].index(made)
@@ -70,11 +70,11 @@ def _contracted(rule: OpShardingRule) -> tuple[int, int] | None:
     if len(operands) != 2:
         return None
     left, right = operands
-    shared = _factors(rule.operands[left]) & _factors(rule.operands[right])
-    return None if shared <= _factors(rule.results[0]) else (left, right)
+    shared = all_factors([rule.operands[left]]) & all_factors([rule.operands[right]])
+    return None if shared <= all_factors(rule.results[:1]) else (left, right)
 
 
-def _written_out(node: fx.Node, rule: OpShardingRule, rules: GraphRules) -> AttentionSite | None:
+def _written_out(node: fx.Node, rule: OpShardingRule, rules: GraphRules, features: Features) -> AttentionSite | None:
     """The site that begins with the product of queries and keys, if this node is one."""
     sides, operands = _contracted(rule), rules.operands(node)
     if sides is None or any(rules.is_weight(operands[side]) for side in sides):
@@ -87,8 +87,12 @@ def _written_out(node: fx.Node, rule: OpShardingRule, rules: GraphRules) -> Atte
         keys = _carried(node, rule, key, key_dim, rules)
         for last in sorted({user for scores in keys for user in scores.users}, key=rules.position):
             value = _summed_with(last, keys, queries, rules)
-            between = _between(node, last, rules) if value is not None else ()
-            if value is not None and any(_mixes(each, keys, rules) for each in between[1:-1]):
+            if value is None:
+                continue
+            between = _between(node, last, rules)
+            lengths = (*factors_of(rule.operands[query][query_dim]), *factors_of(rule.operands[key][key_dim]))
+            mixed = any(_mixes(each, keys, rules) for each in between[1:-1])
+            if mixed or _sums_features(node, rule, lengths, features):
                 return AttentionSite(
                     between, SiteOperand(node, query, query_dim), SiteOperand(node, key, key_dim), value
                 )
@@ -122,6 +126,12 @@ def _carried(
     return places
 
 
+def _sums_features(node: fx.Node, rule: OpShardingRule, lengths: Iterable[str], features: Features) -> bool:
+    """Whether a contraction is over features and the lengths are none: linear attention sums rows first."""
+    known = features.of(node)
+    return all_factors(rule.operands) - all_factors(rule.results[:1]) <= known and known.isdisjoint(lengths)
+
+
 def _between(first: fx.Node, last: fx.Node, rules: GraphRules) -> tuple[fx.Node, ...]:
     """The nodes that depend on the first and that the last depends on, both included, in the order of the graph."""
     above, stack = {last}, [last]
@@ -138,7 +148,7 @@ def _between(first: fx.Node, last: fx.Node, rules: GraphRules) -> tuple[fx.Node,
 
 
 def _mixes(node: fx.Node, keys: Mapping[fx.Node, Placement], rules: GraphRules) -> bool:
-    """Whether an op needs the keys of a query together: linear attention has no such op, and is no site."""
+    """Whether an op needs the keys of a query together."""
     if node.target is getitem:
         return False
     rule = rules.rule(node)
@@ -166,7 +176,7 @@ def _summed_with(
         if not isinstance(placement, Sharded) or operands[value] in keys or not rules.varies(operands[value]):
             continue
         length = rule.operands[scores][placement.dim]
-        if _factors([length]) and _factors([length]).isdisjoint(_factors(rule.results[0])):
+        if factors_of(length) and all_factors(rule.results[:1]).isdisjoint(factors_of(length)):
             shared = [at for at, dim in enumerate(rule.operands[value]) if dim == length]
             if shared:
                 return SiteOperand(node, value, shared[0])

@@ -32,7 +32,7 @@ LAYERS = (
         "accounts",
         "checksums",
     },
-    {"rules", "graph", "plan", "homes", "cost", "site_plans", "borrowers", "traffic", "functional", "data"},
+    {"rules", "graph", "features", "plan", "homes", "cost", "site_plans", "borrowers", "traffic", "functional", "data"},
     {"passes"},
     {"debug", "guard", "backend"},
     {"page", "report", "explain", "simulation", "comparison", "divergence", "verify", "doctor"},

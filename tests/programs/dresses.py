@@ -118,7 +118,7 @@ def softmax_by_hand(m: Parts, x: Tensor) -> Any:
     return m.o(m.join(e / e.sum(-1, keepdim=True) @ v))
 
 
-@program(X, moves={"all_reduce": 1})
+@program(X, moves={"all_to_all": 5, "gather_output": 1})
 def normalised_after_the_values(m: Parts, x: Tensor) -> Any:
     q, k, v = (m.split(f(x)) for f in (m.q, m.k, m.v))
     e = (q @ k.mT / 2).sigmoid().exp()
@@ -132,7 +132,7 @@ def log_softmax_exp(m: Parts, x: Tensor) -> Any:
     return (m.o(m.join(lp.exp() @ v)), -(lp.exp() * lp).sum(-1).mean((1, 2)))
 
 
-@program(X, moves={"all_reduce": 2})
+@program(X, parts=3, moves={"all_to_all": 5, "gather_output": 2})
 def without_softmax(m: Parts, x: Tensor) -> Any:
     q, k, v = (m.split(f(x)) for f in (m.q, m.k, m.v))
     s = q @ k.mT / 13
@@ -195,7 +195,7 @@ def axial(m: Parts, x: Tensor) -> Any:
     return m.o(torch.einsum("bihjk,bkihd->bjihd", columns, v).flatten(3))
 
 
-@program(X, moves={"all_reduce": 1})
+@program(X, moves={"all_to_all": 4, "gather_output": 1})
 def retention(m: Parts, x: Tensor) -> Any:
     q, k, v = (m.split(f(x)) for f in (m.q, m.k, m.v))
     apart = (torch.arange(13)[:, None] - torch.arange(13)).to(x.dtype)

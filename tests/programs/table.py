@@ -89,8 +89,13 @@ class Parts(nn.Module):
 
     def block(self, x: Tensor, **options: Any) -> Tensor:
         x = x + self.attend(self.norm(x), **options)
-        out: Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))
-        return out
+        return mlp(self, x)
+
+
+def mlp(m: Parts, x: Tensor) -> Tensor:
+    """A residual layer of each row by itself."""
+    out: Tensor = x + m.down(F.gelu(m.up(m.norm2(x))))
+    return out
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .table import Parts, X, ids, labels, program
-
-
-def mlp(m: Parts, x: Tensor) -> Tensor:
-    out: Tensor = x + m.down(F.gelu(m.up(m.norm2(x))))
-    return out
+from .table import Parts, X, ids, labels, mlp, program
 
 
 @program(X, moves={"all_reduce": 4, "gather_output": 1})
