@@ -17,23 +17,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sp_compile import rewritten_graphs, sp_backend
+from sp_compile import RewrittenGraph, rewritten_graphs, sp_backend
 from sp_compile.simulation import simulate
 
 from .equivalence import assert_equivalent, differences, step
 from .programs import PROGRAMS, Parts, Program, moved, wasted
 
 
+def right_on_every_rank(case: Program, parts: int, must_shard: bool) -> list[RewrittenGraph]:
+    return assert_equivalent(
+        case.module(),
+        case.inputs(),
+        parts=parts,
+        dynamic=case.dynamic,
+        must_shard=must_shard,
+        options={"attention": case.attention},
+        tolerance=case.tolerance,
+    )
+
+
 @pytest.mark.parametrize("case", PROGRAMS, ids=lambda case: case.name)
 def test_program_is_right_on_every_rank(case: Program) -> None:
-    module = case.module()
-    inputs = [
-        torch.randn(a, dtype=torch.float64, requires_grad=True) if isinstance(a, tuple) else a() for a in case.arguments
-    ]
-    options = {"attention": case.attention}
-    graphs = assert_equivalent(
-        module, inputs, parts=case.parts, dynamic=case.dynamic, must_shard=case.shards, options=options
-    )
+    graphs = right_on_every_rank(case, case.parts, case.shards)
     total = sum(map(moved, graphs), Counter[str]())
     if not case.whole:
         assert not [str(fallback.node) for graph in graphs for fallback in graph.plan.fallbacks]
@@ -41,6 +46,20 @@ def test_program_is_right_on_every_rank(case: Program) -> None:
     assert not [move for graph in graphs for move in wasted(graph)]
     if case.moves:
         assert total == case.moves
+
+
+OTHERS = [
+    pytest.param(case, parts, id=f"{case.name}-{parts}")
+    for case in PROGRAMS
+    for parts in (2, 3, 4)
+    if parts != case.parts
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("case", "parts"), OTHERS)
+def test_program_on_other_numbers_of_ranks(case: Program, parts: int) -> None:
+    right_on_every_rank(case, parts, must_shard=False)
 
 
 def two_blocks(m: Parts, x: Tensor) -> Any:
