@@ -24,20 +24,9 @@ pytestmark = pytest.mark.slow
 WRITTEN = Program("averaged_rows", partial(Kept, averaged_rows), (X,), 3)
 """Not the table's `buffer`: AOTAutograd of torch 2.13 loses what is written to a float64 scalar, on one device, too."""
 
-NAMES = [
-    "gqa_6_heads_2_groups",
-    "eager_softcap",
-    "mask_b1ss_additive",
-    "rope_complex",
-    "topk_tokens",
-    "fourier",
-    "ce_valid_on_the_last_rank",
-    "averaged_rows",
-    "swin",
-    "joint_short",
-    "two_heads_on_four",
-    "reciprocal_of_positions",
-]
+ON_TWO = ["eager_softcap", "mask_b1ss_additive", "topk_tokens", "swin", "ce_valid_on_the_last_rank", "averaged_rows"]
+ON_THREE = ["gqa_6_heads_2_groups", "rope_complex", "fourier", "joint_short", "two_heads_on_four"]
+ON_THREE += ["reciprocal_of_positions"]
 
 
 def beside_one_device(names: Sequence[str], inner: str, mutant: str = "") -> dict[str, tuple[float, int]]:
@@ -64,11 +53,11 @@ def assert_right(pool: GlooPool, names: Sequence[str], inner: str) -> None:
 
 
 def test_programs_on_two_ranks(gloo2: GlooPool) -> None:
-    assert_right(gloo2, NAMES[::2], "aot_eager")
+    assert_right(gloo2, ON_TWO, "aot_eager")
 
 
 def test_programs_on_three_ranks(gloo3: GlooPool) -> None:
-    assert_right(gloo3, NAMES, "aot_eager")
+    assert_right(gloo3, ON_THREE, "aot_eager")
 
 
 def test_programs_with_inductor(gloo2: GlooPool) -> None:
@@ -84,5 +73,5 @@ def test_programs_with_inductor(gloo2: GlooPool) -> None:
     ],
 )
 def test_a_planted_wrong_is_noticed(mutant: str, name: str, gloo3: GlooPool) -> None:
-    for found in gloo3.run(beside_one_device, [name], "aot_eager", mutant):
+    for found in gloo3.run(beside_one_device, [name], "eager", mutant):
         assert found[name][0] > 1e-3 and found[name][1]
