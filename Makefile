@@ -24,7 +24,7 @@ test: test-fast
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not full" -n 2
 
-# Also every model with every attention implementation and every P.
+# Also every model with every attention implementation and every P, its coverage, and every program with every P.
 test-all: test
 	$(BIN)/python -m pytest -m full -n 2
 

@@ -407,7 +407,8 @@ def _report(fallbacks: Sequence[Fallback], strict: bool) -> None:
     for fallback in fallbacks:
         text = f"{fallback.node.target} runs on gathered values: {fallback.reason} ({user_line(fallback.node)})"
         if strict:
-            rule = "" if fallback.node.op == "call_module" else "give it a rule with register_sharding_rule, "
+            unknown = "no sharding rule" in fallback.reason and fallback.node.op != "call_module"
+            rule = "give it a rule with register_sharding_rule, " if unknown else ""
             raise FallbackError(f"{text}; {rule}opt it out with replicated_region(), or compile without strict=True")
         log.warning("%s", text)
 

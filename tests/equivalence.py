@@ -12,7 +12,7 @@ from sp_compile.comparison import Step, compare, step
 from sp_compile.verify import first_divergence_of, run_alone
 from sp_compile.verify import run_simulated as simulated
 
-__all__ = ["Step", "assert_equivalent", "collectives", "differences", "run_simulated", "step"]
+__all__ = ["Step", "assert_equivalent", "collectives", "compared", "differences", "run_simulated", "step"]
 
 
 def differences(expected: Step, got: Step, parts: int, tolerance: float = 1e-9) -> dict[str, float]:
@@ -34,6 +34,22 @@ def run_simulated(
         return ran.step, list(ran.graphs)
 
 
+def compared(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    parts: int = 2,
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool | None = None,
+    tolerance: float = 1e-9,
+) -> tuple[dict[str, float], list[RewrittenGraph]]:
+    """The largest error of each value over all ranks, and the rewritten graphs."""
+    program = (module, tuple(args), dict(kwargs or {}))
+    expected = run_alone(program)
+    with simulated(program, parts, {"inner_backend": "eager", **(options or {})}, dynamic, expected.written) as ran:
+        return differences(expected, ran.step, parts, tolerance), list(ran.graphs)
+
+
 def assert_equivalent(
     module: nn.Module,
     args: Sequence[Any],
@@ -45,17 +61,15 @@ def assert_equivalent(
     must_shard: bool = True,
 ) -> list[RewrittenGraph]:
     """Every rank gets what one device gives. Returns the rewritten graphs, for what they moved."""
-    program = (module, tuple(args), dict(kwargs or {}))
-    settings = {"inner_backend": "eager", **(options or {})}
-    expected = run_alone(program)
-    with simulated(program, parts, settings, dynamic, expected.written) as ran:
-        errors = differences(expected, ran.step, parts, tolerance)
+    errors, graphs = compared(module, args, kwargs, parts, options, dynamic, tolerance)
     wrong = {name: error for name, error in errors.items() if not error <= tolerance}
     if wrong:
-        found, _ = first_divergence_of(program, parts, settings, dynamic, expected.written, tolerance)
+        program = (module, tuple(args), dict(kwargs or {}))
+        settings, written = {"inner_backend": "eager", **(options or {})}, run_alone(program).written
+        found, _ = first_divergence_of(program, parts, settings, dynamic, written, tolerance)
         raise AssertionError(f"P={parts}: {wrong}\n{found}")
-    assert ran.graphs or not must_shard, "nothing was sharded"
-    return list(ran.graphs)
+    assert graphs or not must_shard, "nothing was sharded"
+    return graphs
 
 
 def collectives(graph: RewrittenGraph) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -31,7 +32,7 @@ from sp_compile.comparison import on_rank
 from sp_compile.exchange import Exchange
 from sp_compile.simulation import fake_world, simulate
 
-from .equivalence import assert_equivalent, collectives, differences, run_simulated, step
+from .equivalence import assert_equivalent, collectives, compared, differences, run_simulated, step
 from .models import MODELS, gpt2, inputs_of, llama
 from .programs import Parts
 from .test_passes import Block
@@ -397,6 +398,33 @@ def test_exact_random_numbers_are_those_of_one_device() -> None:
     assert max(differences(expected, got, 3).values()) < 1e-9
 
 
+def dropped_weights(m: Parts, x: Tensor) -> Any:
+    q, k, v = (m.split(to(x)) for to in (m.q, m.k, m.v))
+    return m.block(m.o(m.join(F.dropout((q @ k.mT / 2).softmax(-1), 0.3) @ v)))
+
+
+def dropped_in_sdpa(m: Parts, x: Tensor) -> Any:
+    return m.block(m.block(x, dropout_p=0.3), dropout_p=0.2, is_causal=True)
+
+
+def dropped_everywhere(m: Parts, x: Tensor) -> Any:
+    y = m.block(F.dropout(x, 0.2), dropout_p=0.3, attn_mask=torch.ones(13, 13, dtype=torch.bool).tril())
+    return m.block(F.dropout(y, 0.1)).mean(1), m.o(y)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4])
+@pytest.mark.parametrize("body", [dropped_weights, dropped_in_sdpa, dropped_everywhere])
+def test_exact_dropout_in_attention_is_that_of_one_device(body: Callable[..., Any], parts: int) -> None:
+    options = {"rng": "exact", "attention": "all_gather_kv" if parts == 3 else "ulysses"}
+    (graph,) = assert_equivalent(Parts(body), (tokens(2, 13, 12),), parts=parts, options=options)
+    assert [site.strategy for site in graph.plan.sites] == [options["attention"]] * 2 and not graph.plan.fallbacks
+
+
+def test_parallel_dropout_in_attention_is_not_that_of_one_device() -> None:
+    errors, _ = compared(Parts(dropped_in_sdpa), (tokens(2, 13, 12),), parts=2)
+    assert errors["output 0"] > 0.1 and errors["grad q.weight"] > 0.1
+
+
 def test_parallel_random_numbers_differ_between_ranks_and_keep_their_rate() -> None:
     class Ones(nn.Module):
         def __init__(self) -> None:
@@ -448,6 +476,62 @@ def test_strict_refuses_with_the_line() -> None:
     with pytest.raises(Exception, match=r"runs on gathered values.*test_backend\.py") as caught:
         run_simulated(Scattered().double(), (tokens(1, 7, 12),), parts=3, options={"strict": True})
     assert isinstance(caught.value.__cause__ or caught.value, FallbackError) or "FallbackError" in str(caught.value)
+
+
+def frozen_weight_written(m: Parts, x: Tensor) -> Any:
+    with torch.no_grad():
+        m.w.clamp_(0)
+    return m.block(x) * m.w
+
+
+def as_many_as_are_positive(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    return y[y > 0].sum()
+
+
+def looked_up_by_frequency(m: Parts, x: Tensor) -> Any:
+    ids = m.block(x).argmax(-1)
+    return F.embedding(ids, m.table.weight, scale_grad_by_freq=True)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (
+            frozen_weight_written,
+            r"writes, unseen by autograd,.*: m\.w\.clamp_\(0\)\); without strict=True this graph runs",
+        ),
+        (
+            as_many_as_are_positive,
+            r"a size is read from a tensor \(.*: return y\[y > 0\]\.sum\(\)\); opt it out with replicated_region",
+        ),
+        (
+            looked_up_by_frequency,
+            r"its rule is not for such arguments or sizes \(.*: return F\.embedding.*\); opt it out with replicated",
+        ),
+    ],
+)
+def test_strict_refuses_with_the_reason_the_line_and_the_remedy(body: Callable[..., Any], said: str) -> None:
+    read = torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+    with read, pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as raised:
+        run_simulated(Parts(body), (tokens(1, 13, 12),), options={"strict": True})
+    assert isinstance(raised.value.inner_exception, FallbackError)
+    message = str(raised.value.inner_exception)
+    assert re.search(rf"test_backend\.py:\d+ in {body.__name__}", message) and re.search(said, message), message
+    assert "without strict=True" in message and "register_sharding_rule" not in message
+
+
+@pytest.mark.parametrize("body", [as_many_as_are_positive, looked_up_by_frequency])
+def test_what_strict_refuses_may_be_opted_out(body: Callable[..., Any]) -> None:
+    def opted_out(m: Parts, x: Tensor) -> Any:
+        y = m.block(x)
+        with replicated_region():
+            z = body(m, y)
+        return z, m.block(y)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        (graph,) = assert_equivalent(Parts(opted_out), (tokens(1, 13, 12),), parts=3, options={"strict": True})
+    assert [site.strategy for site in graph.plan.sites][-1] == "ulysses" and not graph.plan.fallbacks
 
 
 def test_a_registered_rule_is_used() -> None:

@@ -13,24 +13,40 @@ from sp_compile import functional as F
 from sp_compile.errors import SequenceParallelError
 from sp_compile.group import get_sequence_parallel_rank
 from tests.gloo_pool import GlooPool
+from tests.mutants import MUTANTS
 from tests.test_examples import run
-from tests.test_functional import DTYPES, SIZES, calls, leaves, whole_model
+from tests.test_functional import DTYPES, SIZES, Call, calls, leaves, whole_model
 from tests.test_ops import assert_same
 
 pytestmark = pytest.mark.slow
 
 
+def check_call(call: Call) -> None:
+    r, x = get_sequence_parallel_rank(), torch.randn(call.shape)
+    inputs, cotangents, outputs, grads = call.expected(x, 2, torch.randn_like(call.whole(x)))
+    local = inputs[r].clone().requires_grad_()
+    found = call.call(local)
+    found.backward(cotangents[r])
+    assert_same(found.detach(), outputs[r])
+    assert_close(local.grad, grads[r])
+
+
 def check_calls() -> None:
-    r = get_sequence_parallel_rank()
     for size in SIZES.values():
         for call in calls(*size):
-            x = torch.randn(call.shape)
-            inputs, cotangents, outputs, grads = call.expected(x, 2, torch.randn_like(call.whole(x)))
-            local = inputs[r].clone().requires_grad_()
-            found = call.call(local)
-            found.backward(cotangents[r])
-            assert_same(found.detach(), outputs[r])
-            assert_close(local.grad, grads[r])
+            check_call(call)
+
+
+def broken(mutant: str) -> set[str]:
+    """The calls that are not right on this rank."""
+    found = set()
+    with MUTANTS[mutant]():
+        for call in calls(7, 5):
+            try:
+                check_call(call)
+            except AssertionError:
+                found.add(call.name)
+    return found
 
 
 def check_dtypes() -> None:
@@ -100,6 +116,11 @@ def test_the_hand_written_example_is_the_compiled_one() -> None:
     differences = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in lines[4:]}
     assert list(differences) == ["video", "text", "loss", "gradients"]
     assert max(max(row) for row in differences.values()) <= 2e-5
+
+
+def test_a_planted_wrong_is_noticed(gloo2: GlooPool) -> None:
+    for names in gloo2.run(broken, "a rank's block off by one granule"):
+        assert {"slice_inputs", "scatter_heads"} <= names
 
 
 def test_on_two_ranks(gloo2: GlooPool) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +34,7 @@ from sp_compile.debug import unsharded_graphs
 
 from .gloo_pool import GlooPool
 from .models import MODELS, inputs_of
+from .mutants import MUTANTS
 from .slow_transport import exchanged
 from .test_passes import Block
 
@@ -209,16 +211,32 @@ def test_autocast(gloo2: GlooPool, dtype: torch.dtype, outside: bool) -> None:
         assert error < (5e-3 if dtype == torch.float16 else 4e-2) and same
 
 
-def in_inference_mode(inner: str) -> float:
+def in_inference_mode(inner: str, weaken: str = "") -> tuple[float, list[int]]:
+    """The error of the output, and how many attention sites each rewritten graph has."""
     model, x = Block(3), torch.randn(1, 7, 12)
+    known = {graph.name for graph in rewritten_graphs()}
     compiled = torch.compile(model, backend=partial(sp_backend, options={"inner_backend": inner}))
-    with torch.inference_mode():
-        return float((compiled(x) - model(x)).abs().max())
+    with torch.inference_mode(), MUTANTS[weaken]() if weaken else nullcontext():
+        out = compiled(x)
+        error = float((out - model(x)).abs().max())
+    assert out.is_inference()
+    return error, [len(graph.plan.sites) for graph in rewritten_graphs() if graph.name not in known]
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
 def test_inference_mode(gloo2: GlooPool, inner: str) -> None:
-    assert max(gloo2.run(in_inference_mode, inner)) < 1e-5
+    for error, sites in gloo2.run(in_inference_mode, inner):
+        assert error < 1e-5 and sites == [1]
+
+
+def test_inference_mode_on_three_ranks(gloo3: GlooPool) -> None:
+    for error, sites in gloo3.run(in_inference_mode, "aot_eager"):
+        assert error < 1e-5 and sites == [1]
+
+
+def test_a_planted_wrong_is_noticed_on_real_ranks(gloo3: GlooPool) -> None:
+    for error, sites in gloo3.run(in_inference_mode, "aot_eager", "a rank's block off by one granule"):
+        assert error > 1e-2 and sites == [1]
 
 
 class Shifted(nn.Module):

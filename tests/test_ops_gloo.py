@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from sp_compile.group import get_sequence_parallel_rank
 from tests import test_ops
 from tests.gloo_pool import GlooPool
+from tests.mutants import MUTANTS
 from tests.test_ops import CASES, DTYPES, MOVES, Checked, assert_same, group_name
 
 pytestmark = pytest.mark.slow
@@ -34,6 +36,16 @@ def check_case(name: str, wrap: Callable[..., Any]) -> None:
 def run_eager() -> None:
     for name in CASES:
         check_case(name, lambda op: op)
+
+
+def run_broken(name: str, mutant: str) -> bool:
+    """Whether the check sees on this rank what is broken."""
+    with MUTANTS[mutant]() if mutant else nullcontext():
+        try:
+            check_case(name, lambda op: op)
+        except AssertionError:
+            return True
+    return False
 
 
 def run_inductor(names: list[str]) -> None:
@@ -123,6 +135,18 @@ COMPILED = [
 
 def test_eager(gloo3: GlooPool) -> None:
     gloo3.run(run_eager)
+
+
+@pytest.mark.parametrize(
+    ("name", "mutant"),
+    [
+        ("gather", "padded rows not zeroed in the backward of an all-gather"),
+        ("exchange", "padded rows not zeroed in the backward of an all-to-all"),
+        ("select", "few rows come from every rank"),
+    ],
+)
+def test_a_broken_op_is_noticed(name: str, mutant: str, gloo3: GlooPool) -> None:
+    assert any(gloo3.run(run_broken, name, mutant)) and not any(gloo3.run(run_broken, name, ""))
 
 
 def test_dtypes(gloo3: GlooPool) -> None:

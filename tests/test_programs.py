@@ -8,7 +8,7 @@ except outputs and what `whole` excuses, and `moves` counts the collectives of o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,23 +17,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sp_compile import rewritten_graphs, sp_backend
+from sp_compile import RewrittenGraph, rewritten_graphs, sp_backend
+from sp_compile.debug import unsharded_graphs
 from sp_compile.simulation import simulate
 
-from .equivalence import assert_equivalent, differences, step
+from .equivalence import assert_equivalent, compared, differences, step
+from .mutants import MUTANTS
 from .programs import PROGRAMS, Parts, Program, moved, wasted
+
+
+def right_on_every_rank(case: Program, parts: int, must_shard: bool) -> list[RewrittenGraph]:
+    return assert_equivalent(
+        case.module(),
+        case.inputs(),
+        parts=parts,
+        dynamic=case.dynamic,
+        must_shard=must_shard,
+        options={"attention": case.attention},
+        tolerance=case.tolerance,
+    )
 
 
 @pytest.mark.parametrize("case", PROGRAMS, ids=lambda case: case.name)
 def test_program_is_right_on_every_rank(case: Program) -> None:
-    module = case.module()
-    inputs = [
-        torch.randn(a, dtype=torch.float64, requires_grad=True) if isinstance(a, tuple) else a() for a in case.arguments
-    ]
-    options = {"attention": case.attention}
-    graphs = assert_equivalent(
-        module, inputs, parts=case.parts, dynamic=case.dynamic, must_shard=case.shards, options=options
-    )
+    graphs = right_on_every_rank(case, case.parts, case.shards)
     total = sum(map(moved, graphs), Counter[str]())
     if not case.whole:
         assert not [str(fallback.node) for graph in graphs for fallback in graph.plan.fallbacks]
@@ -41,6 +48,20 @@ def test_program_is_right_on_every_rank(case: Program) -> None:
     assert not [move for graph in graphs for move in wasted(graph)]
     if case.moves:
         assert total == case.moves
+
+
+OTHERS = [
+    pytest.param(case, parts, id=f"{case.name}-{parts}")
+    for case in PROGRAMS
+    for parts in (2, 3, 4)
+    if parts != case.parts
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("case", "parts"), OTHERS)
+def test_program_on_other_numbers_of_ranks(case: Program, parts: int) -> None:
+    right_on_every_rank(case, parts, must_shard=False)
 
 
 def two_blocks(m: Parts, x: Tensor) -> Any:
@@ -89,16 +110,52 @@ def joint_streams(m: Parts, x: Tensor) -> Any:
     ],
 )
 def test_one_graph_serves_all_lengths(body: Callable[..., Any], parts: int) -> None:
+    before = {graph.name for graph in (*rewritten_graphs(), *unsharded_graphs())}
+    for length, errors in errors_of_lengths(body, parts, (13, 7, 16, 5, 3, 29, 40, 12, 6, 2)):
+        assert max(errors.values()) < 1e-9, length
+    (graph,) = (graph for graph in (*rewritten_graphs(), *unsharded_graphs()) if graph.name not in before)
+    assert isinstance(graph, RewrittenGraph)
+
+
+def errors_of_lengths(
+    body: Callable[..., Any], parts: int, lengths: Sequence[int]
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Of each length through one compiled model, which compiles once."""
     alone, module = Parts(body), Parts(body)
     module.load_state_dict(alone.state_dict())
-    before = {id(graph) for graph in rewritten_graphs()}
     with simulate(parts):
         compiled = torch.compile(module, backend=partial(sp_backend, options={"inner_backend": "eager"}), dynamic=True)
-        for length in (13, 7, 16, 5, 3, 29, 40, 12, 6, 2):
+        for length in lengths:
             x = torch.randn(3, length, 12, dtype=torch.float64, requires_grad=True)
-            errors = differences(step(alone, alone, [x], {}), step(compiled, module, [x], {}), parts)
-            assert max(errors.values()) < 1e-9, length
-    assert len([graph for graph in rewritten_graphs() if id(graph) not in before]) == 1
+            with torch._dynamo.config.patch(error_on_recompile=length != lengths[0]):
+                got = step(compiled, module, [x], {})
+            yield length, differences(step(alone, alone, [x], {}), got, parts)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "body"),
+    [
+        ("padded rows not zeroed in the backward of an all-to-all", two_blocks),
+        ("cross_entropy: padded rows have class 0", shifted_loss),
+    ],
+)
+def test_a_wrong_of_some_lengths_is_noticed(mutant: str, body: Callable[..., Any]) -> None:
+    """Where P divides a length there is no padding, and nothing to notice."""
+    with MUTANTS[mutant]():
+        found = {length: max(errors.values()) for length, errors in errors_of_lengths(body, 4, (8, 13))}
+    assert found[13] > 1e-3 and found[8] < 1e-9, found
+
+
+@pytest.mark.parametrize("mutant", ["no replicate after an all-reduce", "softmax of local rows"])
+def test_a_wrong_outside_of_the_table_is_noticed(mutant: str) -> None:
+    def body(m: Parts, x: Tensor, n: Tensor) -> Any:
+        y = m.block(x)
+        return y * y.mean(1, keepdim=True) * m.w * y.sum().item(), y.softmax(1)
+
+    x = torch.randn(1, 13, 12, dtype=torch.float64, requires_grad=True)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True), MUTANTS[mutant]():
+        errors, graphs = compared(Parts(body), (x, torch.tensor([5])), parts=3)
+    assert max(errors.values()) > 1e-3 and graphs
 
 
 @pytest.mark.parametrize("parts", [3, 4])

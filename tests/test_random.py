@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from sp_compile import sp_backend
 
+from .equivalence import differences, step
 from .gloo_pool import GlooPool
+from .mutants import MUTANTS
 from .programs import Parts
 from .test_passes import Block
 
@@ -35,6 +38,10 @@ def agreement(one: Tensor, other: Tensor) -> float:
     return float((one == other).double().mean())
 
 
+def are_independent(one: Tensor, other: Tensor) -> bool:
+    return abs(agreement(one, other) - KEPT**2 - (1 - KEPT) ** 2) < 6 * (0.25 / one.numel()) ** 0.5
+
+
 # Sharded draws
 
 
@@ -50,10 +57,11 @@ class Shown(nn.Module):
         return F.dropout(ones.repeat(1, 1, 10_500), 1 - KEPT)
 
 
-def sharded_dropout(inner: str) -> tuple[Tensor, float, Tensor]:
+def sharded_dropout(inner: str, mutant: str = "") -> tuple[Tensor, float, Tensor]:
     torch.manual_seed(0)
     module = Shown()
-    out = compiled(module, inner)(torch.randn(1, 8, 12))
+    with MUTANTS[mutant]() if mutant else nullcontext():
+        out = compiled(module, inner)(torch.randn(1, 8, 12))
     out.sum().backward()
     assert module.scale.grad is not None and set(out.unique().tolist()) == {0.0, torch.tensor(1 / KEPT).item()}
     missed = (module.scale.grad - out.detach().view(8, -1, 12).sum((0, 1))).abs().max()
@@ -66,10 +74,14 @@ def test_a_sharded_dropout_keeps_its_rate_and_ranks_draw_apart(gloo2: GlooPool, 
     assert kept.numel() == DRAWS and torch.equal(kept, other)
     assert abs(kept.double().mean() - KEPT) < FIVE_SIGMA
     assert missed < 1e-6
-    independent = KEPT**2 + (1 - KEPT) ** 2
     for row in range(4):
-        assert abs(agreement(kept[row], kept[row + 4]) - independent) < 6 * (0.25 / (DRAWS / 8)) ** 0.5
+        assert are_independent(kept[row], kept[row + 4])
     assert torch.equal(state, other_state)
+
+
+def test_equal_draws_on_every_rank_are_noticed(gloo2: GlooPool) -> None:
+    for kept, _, _ in gloo2.run(sharded_dropout, "eager", "dropout: the same draws on every rank"):
+        assert not any(are_independent(kept[row], kept[row + 4]) for row in range(4))
 
 
 def dropped_each_step() -> tuple[list[Tensor], Tensor]:
@@ -85,11 +97,10 @@ def test_every_step_draws_anew_and_alike_on_three_ranks(gloo3: GlooPool) -> None
     for other, other_after in ranks[1:]:
         assert all(torch.equal(a, b) for a, b in zip(masks, other, strict=True))
         assert torch.equal(after, other_after)
-    independent = KEPT**2 + (1 - KEPT) ** 2
     blocks = [mask[start : start + 1] for mask in masks for start in (0, 3, 6)]
     for at, one in enumerate(blocks):
         for another in blocks[:at]:
-            assert abs(agreement(one, another) - independent) < 6 * (0.25 / one.numel()) ** 0.5
+            assert are_independent(one, another)
 
 
 # Dropout inside attention
@@ -133,10 +144,9 @@ def test_dropout_in_attention(gloo2: GlooPool, fused: bool) -> None:
     assert torch.equal(kept, other) and torch.equal(state, other_state)
     assert abs(kept.double().mean() - KEPT) < 5 * (KEPT * (1 - KEPT) / kept.numel()) ** 0.5
     assert missed < 1e-5
-    independent = KEPT**2 + (1 - KEPT) ** 2
     for head in range(4):
         for another in range(head):
-            assert abs(agreement(kept[head], kept[another]) - independent) < 6 * (0.25 / kept[0].numel()) ** 0.5
+            assert are_independent(kept[head], kept[another])
 
 
 # Replicated draws
@@ -190,24 +200,25 @@ REPLICATED = [
 ]
 
 
-def beside_one_device(names: list[str]) -> list[tuple[str, float, bool]]:
-    """Of each program: how far it is from one device with the same seed, and if it leaves the same generator state."""
+def beside_one_device(names: list[str], mutant: str = "") -> list[tuple[str, float, bool]]:
+    """Of each program: how far outputs and all gradients are from one device with the same seed, and if it leaves the
+    same generator state."""
     found = []
     for body in REPLICATED:
         if body.__name__ not in names:
             continue
         torch._dynamo.reset()
         torch.manual_seed(1)
-        module, x = Parts(body), torch.randn(2, 7, 12, dtype=torch.float64)
-        outputs, states = [], []
+        module, x = Parts(body), torch.randn(2, 7, 12, dtype=torch.float64, requires_grad=True)
+        steps, generators = [], []
         for call in (module, compiled(module)):
             torch.manual_seed(2)
-            out = call(x)
-            outputs.append(out if isinstance(out, tuple) else (out,))
-            sum(each.sum() for each in outputs[-1]).backward()  # type: ignore[union-attr]
-            states.append(torch.get_rng_state())
-        far = max(float((a - b).abs().max()) for a, b in zip(*outputs, strict=True))
-        found.append((body.__name__, far, torch.equal(*states)))
+            with MUTANTS[mutant]() if mutant else nullcontext():
+                steps.append(step(call, module, [x], {}))
+            generators.append(torch.get_rng_state())
+        errors = differences(*steps, 1)
+        assert {"grad input 0", "grad q.weight", "grad w"} <= errors.keys()
+        found.append((body.__name__, max(errors.values()), torch.equal(*generators)))
     return found
 
 
@@ -216,6 +227,12 @@ def test_replicated_draws_are_those_of_one_device(gloo2: GlooPool) -> None:
     for found in gloo2.run(beside_one_device, names):
         assert [(name, same) for name, _, same in found] == [(name, True) for name in names]
         assert not {name: far for name, far, _ in found if not far < 1e-9}
+
+
+def test_a_wrong_gradient_beside_a_draw_is_noticed(gloo2: GlooPool) -> None:
+    mutant = "padded rows not zeroed in the backward of an all-to-all"
+    for found in gloo2.run(beside_one_device, ["noise_like_a_shard"], mutant):
+        assert [far > 1e-3 for _, far, _ in found] == [True]
 
 
 class Mixed(nn.Module):

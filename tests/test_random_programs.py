@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, settings
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from .equivalence import assert_equivalent
+from .mutants import MUTANTS
 from .programs import Parts
 from .programs.table import rope
 
@@ -411,3 +413,18 @@ def programs(draw: st.DrawFn) -> RandomProgram:
 @given(programs())
 def test_a_random_program_is_right_on_every_rank(program: RandomProgram) -> None:
     program.check()
+
+
+@pytest.mark.parametrize(
+    ("mutant", "step", "loss"),
+    [
+        ("softmax of local rows", "softmax_over_tokens", 6),
+        ("halo: every rank reads the rows that rank 0 would", "causal_convolution", 6),
+        ("cross_entropy: padded rows have class 0", "rolled", 1),
+    ],
+)
+def test_a_planted_wrong_is_noticed(mutant: str, step: str, loss: int) -> None:
+    program = RandomProgram([Draw("block", 0, 0, 0), Draw(step, 0, 1, 1)], (1, 7, 12), (3, 4, 3), 2, False, loss)
+    program.check()
+    with MUTANTS[mutant](), pytest.raises(AssertionError, match=r"P=2: .*grad o\.weight"):
+        program.check()

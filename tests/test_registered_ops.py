@@ -23,7 +23,7 @@ from sp_compile.rule import OpCall, own_dimension
 from sp_compile.rules import rule_for
 from sp_compile.simulation import fake_world
 
-from .equivalence import assert_equivalent, collectives, run_simulated
+from .equivalence import assert_equivalent, collectives, compared, run_simulated
 from .programs import Parts, moved
 
 ULYSSES = {"all_to_all": 4, "gather_output": 1}
@@ -125,6 +125,7 @@ CROSS = heads_last(attend, causal=False), heads_last(attend_backward, causal=Fal
 
 packed = opaque("packed_attention", *PACKED, "Q K V cu_seqlens")
 packed_unknown = opaque("packed_attention_without_a_rule", *PACKED, "Q K V cu_seqlens")
+packed_cut = opaque("packed_attention_cut", *PACKED, "Q K V cu_seqlens")
 bshd = opaque("attention_bshd", heads_last(attend), heads_last(attend_backward), "Q K V")
 bshd_cross = opaque("cross_attention_bshd", *CROSS, "Q K V")
 bhsd = opaque("attention_bhsd", attend, attend_backward, "Q K V")
@@ -137,6 +138,7 @@ raw = {
 linear_scan = opaque("scan", scan, scan_backward, "X DECAY")
 
 register_sharding_rule(packed, "t! (g r) d!, t! g d!, t! g v, n! -> t! (g r) v", attention="t")
+register_sharding_rule(packed_cut, "t (g r) d!, t g d!, t g v, n! -> t (g r) v")
 register_sharding_rule(bshd, "b t! (g r) d!, b t! g d!, b t! g v -> b t! (g r) v", attention="t")
 register_sharding_rule(bshd_cross, "b q h d!, b k! h d!, b k! h v -> b q h v", attention="q k")
 register_sharding_rule(bhsd, "b h t! d!, b h t! d!, b h t! v -> b h t! v", attention="t")
@@ -204,6 +206,15 @@ def test_one_graph_serves_all_numbers_of_tokens() -> None:
     inputs = tokens(17, 12), torch.tensor((0, 2, 11, 17))
     (graph,) = assert_equivalent(Parts(packed_block), inputs, parts=3, dynamic=True)
     assert moved(graph) == ULYSSES
+
+
+def test_a_rule_that_forgets_what_must_be_whole_is_noticed() -> None:
+    def body(m: Parts, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        x = packed_block(m, x, cu_seqlens)
+        return packed_block(m, x, cu_seqlens, packed_cut)
+
+    errors, (graph,) = compared(Parts(body), (tokens(13, 12), torch.tensor((0, 2, 11, 13))), parts=2)
+    assert not graph.plan.fallbacks and errors["output 0"] > 1e-2 and errors["grad q.weight"] > 1e-2
 
 
 def test_packed_documents_without_a_rule_are_gathered_and_reported() -> None:

@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .equivalence import assert_equivalent
+from .equivalence import assert_equivalent, compared
+from .mutants import tampering, with_bodies
 from .programs import moved
+
+aten = torch.ops.aten
 
 
 class Mixed(nn.Module):
@@ -70,3 +73,17 @@ def test_layer_stays_among_tokens(
     x = torch.randn(2, 24, 12, dtype=torch.float64, requires_grad=True)
     graphs = assert_equivalent(Mixed(layer, body), [x], parts=parts)
     assert sum(map(moved, graphs), Counter[str]()) == moves
+
+
+@pytest.mark.parametrize(
+    ("layer", "op"),
+    [
+        (nn.BatchNorm1d(12), aten._native_batch_norm_legit_functional.default),
+        (nn.GroupNorm(4, 12), aten.group_norm.default),
+    ],
+)
+def test_statistics_of_each_rank_are_noticed(layer: nn.Module, op: torch._ops.OpOverload) -> None:
+    x = torch.randn(2, 24, 12, dtype=torch.float64, requires_grad=True)
+    with with_bodies(op, tampering(all_reduce=lambda local, value, kind="sum": value)):
+        errors, graphs = compared(Mixed(layer, over_tokens), [x], parts=2)
+    assert max(errors.values()) > 1e-2 and graphs

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+from typing import Any
 from zlib import crc32
 
 import pytest
 import torch
 
+from sp_compile import RewrittenGraph
+
+from .coverage import measure
 from .equivalence import Step, differences, step
-from .zoo import ZOO, Model, build, run_on_ranks
+from .zoo import ZOO, Model, build, run_on_ranks, tokens
 
 PARTS = (2, 3, 4)
 VARIANTS = [(name, attention) for name, model in ZOO.items() for attention in model.attentions]
@@ -20,14 +26,14 @@ def on_one_device(model: Model, attention: str) -> Step:
     return step(module, module, (), model.inputs(model.short))
 
 
-def assert_right(name: str, attention: str, parts: int) -> None:
-    model = ZOO[name]
+def assert_right(model: Model, attention: str, parts: int) -> list[RewrittenGraph]:
     expected = on_one_device(model, attention)
-    got, _ = run_on_ranks(model, build(model, attention, model.short), model.short, parts)
+    got, graphs = run_on_ranks(model, build(model, attention, model.short), model.short, parts)
     errors = differences(expected, got, parts)
     wrong = {which: error for which, error in errors.items() if not error <= model.tolerance}
     assert not wrong, f"P={parts}: {wrong}"
     assert any(which.startswith("grad") for which in errors)
+    return graphs
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -35,14 +41,57 @@ def test_model(name: str) -> None:
     """One attention implementation and one P, which rotate by name."""
     turn = crc32(name.encode())
     attentions = ZOO[name].attentions
-    assert_right(name, attentions[turn % len(attentions)], PARTS[turn // 2 % len(PARTS)])
+    assert_right(ZOO[name], attentions[turn % len(attentions)], PARTS[turn // 2 % len(PARTS)])
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize(("name", "attention"), VARIANTS)
 def test_every_variant(name: str, attention: str, parts: int) -> None:
-    assert_right(name, attention, parts)
+    assert_right(ZOO[name], attention, parts)
+
+
+OUT_OF_PATCHES = {"sd3", "dit", "pixart", "wan", "cogvideox", "hunyuan_video"}
+"""Diffusion models that gather their output, behind all layers, on its way out of patches."""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "attention"), VARIANTS)
+def test_what_the_readme_says_of_its_coverage(name: str, attention: str) -> None:
+    """With the settings of the model: DeBERTa's graphs end where it reads a length, unless Dynamo goes on there."""
+    result = measure(ZOO[name], attention)
+    assert result.right and result.share >= 0.99, result.share
+    gathered = [each.name for _, each in result.elsewhere(gathers=True)]
+    assert len(gathered) == (name in OUT_OF_PATCHES), gathered
+
+
+def padded(name: str, side: str, length: int) -> dict[str, Any]:
+    """Two samples, of which the second is a few tokens shorter; no loss of what is padding."""
+    ids = tokens(2 * length).view(2, length)
+    kept = torch.ones(2, length, dtype=torch.int64)
+    kept[1, -5:] = 0
+    kept = kept.flip(1) if side == "left" else kept
+    inputs = {"input_ids": ids * kept, "attention_mask": kept, "labels": ids.masked_fill(kept == 0, -100)}
+    return {**inputs, "decoder_attention_mask": kept} if name == "t5" else inputs
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "side", "parts"),
+    [
+        ("llama", "sdpa", "left", 3),
+        ("llama", "eager", "right", 2),
+        ("bert", "eager", "left", 4),
+        ("bert", "sdpa", "right", 3),
+        ("t5", "eager", "left", 2),
+        ("t5", "eager", "right", 4),
+    ],
+)
+def test_a_padded_batch(name: str, attention: str, side: str, parts: int) -> None:
+    model = replace(ZOO[name], inputs=partial(padded, name, side))
+    graphs = assert_right(model, attention, parts)
+    assert all(site.strategy == "ulysses" for graph in graphs for site in graph.plan.sites)
+    assert sum(len(graph.plan.sites) for graph in graphs) == (6 if name == "t5" else 2)
+    assert not [fallback for graph in graphs for fallback in graph.plan.fallbacks]
 
 
 def test_the_zoo_is_broad() -> None:

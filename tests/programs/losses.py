@@ -85,6 +85,18 @@ def ce_none_valid(m: Parts, x: Tensor, t: Tensor) -> Any:
     return F.cross_entropy(m.head(m.block(x)).flatten(0, 1), t.flatten(), reduction="sum")
 
 
+@program(X, labels(ignored=(0, 12)), moves={"all_to_all": 4, "all_reduce": 4})
+def ce_summed(m: Parts, x: Tensor, t: Tensor) -> Any:
+    weight = torch.linspace(0.1, 1, 17, dtype=x.dtype)
+    lg = m.head(m.block(x))
+    return (
+        F.cross_entropy(lg.flatten(0, 1), t.flatten(), reduction="sum"),
+        F.cross_entropy(lg.mT, t, weight=weight, reduction="sum"),
+        F.cross_entropy(lg.mT, t, weight=weight, label_smoothing=0.2, reduction="sum"),
+        F.cross_entropy(lg.flatten(0, 1), t.flatten(), label_smoothing=0.2, reduction="sum"),
+    )
+
+
 @program(X, labels(ignored=(3,)), moves={"all_to_all": 4, "all_reduce": 1})
 def ce_classdim(m: Parts, x: Tensor, t: Tensor) -> Any:
     return F.cross_entropy(m.head(m.block(x)).transpose(1, 2), t, label_smoothing=0.1)

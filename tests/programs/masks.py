@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .table import Parts, X, given, ids, program, rope
+from .table import Argument, Parts, X, given, ids, program, rope
 
 
 @program(X, given(13, 9), moves={"all_to_all": 4, "gather_output": 1})
@@ -252,3 +252,51 @@ def positions_counted_by_gates(m: Parts, x: Tensor) -> Any:
     bias = table.gather(-1, high) * (place - low) + table.gather(-1, low) * (1 - place + low)
     future = torch.ones(13, 13).triu(1).bool()
     return m.o(m.join((scores + bias).masked_fill(future, -torch.inf).softmax(-1) @ v))
+
+
+# Masks that are given
+
+
+def pairs(*shape: int) -> Argument:
+    """Who may see whom, at random; each token sees itself."""
+    return lambda: (torch.rand(*shape) > 0.4) | torch.eye(13, dtype=torch.bool)
+
+
+def in_both(m: Parts, x: Tensor, mask: Tensor) -> Any:
+    return m.block(m.block(x, attn_mask=mask), attn_mask=mask)
+
+
+@program(X, pairs(2, 1, 13, 13), moves={"all_to_all": 8, "gather_output": 1})
+def given_mask_of_each_sample(m: Parts, x: Tensor, mask: Tensor) -> Any:
+    return in_both(m, x, mask)
+
+
+@program(X, lambda: torch.randn(13, 13, dtype=torch.float64), moves={"all_to_all": 8, "gather_output": 1})
+def given_bias(m: Parts, x: Tensor, bias: Tensor) -> Any:
+    return in_both(m, x, bias)
+
+
+@program(X, (3, 13, 13), parts=4, moves={"all_to_all": 8, "gather_output": 1})
+def given_bias_of_each_head_that_takes_a_gradient(m: Parts, x: Tensor, bias: Tensor) -> Any:
+    return in_both(m, x, bias)
+
+
+@program(X, (2, 3, 13, 13), parts=3, dynamic=True, moves={"all_to_all": 8, "gather_output": 1})
+def given_bias_of_all_that_takes_a_gradient(m: Parts, x: Tensor, bias: Tensor) -> Any:
+    return in_both(m, x, bias)
+
+
+@program(
+    X,
+    lambda: torch.arange(13) < torch.tensor([[13], [7]]),
+    dynamic=True,
+    moves={"all_to_all": 4, "gather_output": 1, "all_reduce": 1},
+)
+def given_key_padding(m: Parts, x: Tensor, kept: Tensor) -> Any:
+    y = m.block(x, attn_mask=kept[:, None, None])
+    return y, (y * kept[..., None]).sum(1) / kept.sum(1, keepdim=True)
+
+
+@program(X, lambda: (torch.arange(13) < 9).view(1, 1, 1, 13), moves={"all_to_all": 8, "gather_output": 1})
+def given_mask_of_keys(m: Parts, x: Tensor, kept: Tensor) -> Any:
+    return in_both(m, x, kept)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sp_compile import sp_backend
 
-from .table import WIDE, Parts, X, ids, program
+from .table import WIDE, Parts, X, ids, program, single
 
 # States and modes
 
@@ -426,13 +426,15 @@ def gradients_switched_by_hand(m: Parts, x: Tensor) -> Any:
     return m.block(x) * y, y
 
 
-@program(X)
+@program(single(X), double=False, tolerance=1e-2, moves={"all_to_all": 8, "gather_output": 2})
 def half_precision_inside(m: Parts, x: Tensor) -> Any:
+    """Of single precision: on the CPU, autocast leaves double precision as it is."""
     with torch.autocast("cpu", torch.bfloat16):
         y = m.attend(m.norm(x))
         with torch.autocast("cpu", enabled=False):
             z = m.block(x)
-    return y.dtype == torch.bfloat16, z * m.w
+    assert (y.dtype, z.dtype) == (torch.bfloat16, torch.float32)
+    return y, z * m.w
 
 
 @program(X, moves={"all_to_all": 8, "gather_output": 2})

@@ -30,6 +30,10 @@ def given(*values: int) -> Argument:
     return lambda: torch.tensor(values)
 
 
+def single(shape: tuple[int, ...]) -> Argument:
+    return lambda: torch.randn(shape, requires_grad=True)
+
+
 def ids(*shape: int, high: int = 40) -> Argument:
     return lambda: torch.randint(0, high, shape)
 
@@ -48,7 +52,9 @@ def labels(ignored: Any = ()) -> Argument:
 class Parts(nn.Module):
     """The parameters of a small transformer, for a program to use what it needs; the rest has no gradient."""
 
-    def __init__(self, body: Callable[..., Any], heads: int = 3, dim: int = 4, kv: int | None = None) -> None:
+    def __init__(
+        self, body: Callable[..., Any], heads: int = 3, dim: int = 4, kv: int | None = None, double: bool = True
+    ) -> None:
         super().__init__()
         self.body, self.heads, self.dim, self.kv = body, heads, dim, kv or heads
         c = heads * dim
@@ -61,7 +67,8 @@ class Parts(nn.Module):
         self.w, self.mat = nn.Parameter(torch.randn(c)), nn.Parameter(torch.randn(c, c) / 3)
         self.count: Tensor
         self.register_buffer("count", torch.zeros(()))
-        self.double()
+        if double:
+            self.double()
 
     def forward(self, *args: Tensor) -> Any:
         return self.body(self, *args)
@@ -112,6 +119,13 @@ class Program:
     attention: str = "auto"
     shards: bool = True
     """False: there may be nothing to shard, or nothing that sharding starts from."""
+    tolerance: float = 1e-9
+
+    def inputs(self) -> list[Tensor]:
+        return [
+            torch.randn(a, dtype=torch.float64, requires_grad=True) if isinstance(a, tuple) else a()
+            for a in self.arguments
+        ]
 
 
 PROGRAMS: list[Program] = []
@@ -125,6 +139,7 @@ def program(
     moves: dict[str, int] | None = None,
     shards: bool = True,
     attention: str = "auto",
+    tolerance: float = 1e-9,
     **options: int,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Add a program `(parts, *inputs) -> outputs` to the table; P rotates over the names unless it is given."""
@@ -132,7 +147,9 @@ def program(
     def add(body: Callable[..., Any]) -> Callable[..., Any]:
         make = partial(Parts, body, **options)
         p = parts or 2 + sum(map(ord, body.__name__)) % 3  # by name: it stays when the table grows
-        PROGRAMS.append(Program(body.__name__, make, arguments, p, dynamic, whole, moves or {}, attention, shards))
+        PROGRAMS.append(
+            Program(body.__name__, make, arguments, p, dynamic, whole, moves or {}, attention, shards, tolerance)
+        )
         return body
 
     return add
