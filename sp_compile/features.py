@@ -16,7 +16,7 @@ from typing import TypeAlias
 from torch import fx
 
 from .graph import GraphRules, source_of
-from .rule import Dim, Joined, OpShardingRule, all_factors, factors_of
+from .rule import Dim, OpShardingRule, all_factors, factors_of
 
 Dimensions: TypeAlias = set[tuple[fx.Node, int, int]]
 """By (node, result, dimension)."""
@@ -137,6 +137,6 @@ def _follow(rules: GraphRules, node: fx.Node, rule: OpShardingRule, features: Di
 
 
 def _is_feature(dim: Dim, features: set[str]) -> bool:
-    """Whether a dimension has a factor that is a feature; all, if it is of streams: a class token stands among rows."""
-    factors = factors_of(dim)
-    return not features.isdisjoint(factors) and (not isinstance(dim, Joined) or features.issuperset(factors))
+    """Whether all that a dimension is made of are features: a class token stands among rows, and so do the experts of
+    each token."""
+    return bool(factors_of(dim)) and features.issuperset(factors_of(dim))
