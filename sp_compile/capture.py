@@ -50,7 +50,7 @@ from sp_compile.canonicalize import (
     STATE,
     canonical,
 )
-from sp_compile.errors import CaptureError, user_line
+from sp_compile.errors import CaptureError, place_of, user_line
 from sp_compile.opaque import CONTEXT_FN, RETRACED, collapse
 from sp_compile.region import in_replicated_region
 from sp_compile.sharded_input import ShardedInput
@@ -94,9 +94,10 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any], keep: Keep) -> Captu
     gm = collapse(gm, lambda op: keep(op, (), {}))
     _reject_unsafe_nodes(gm)
     fake_mode, inputs = _fakify(example_inputs)
-    traced, mutated, returned = _trace(gm, fake_mode, inputs, keep)
+    traced, written, returned = _trace(gm, fake_mode, inputs, keep)
+    mutated = tuple(written)
     graph_module = canonical(traced, gm, inputs, mutated, returned)
-    _reject_shared_storage(gm, example_inputs, mutated)
+    _reject_shared_storage(gm, example_inputs, written)
     replicated = frozenset(filter(in_replicated_region, graph_module.graph.nodes))
     names = tuple(str(output) for output in gm.graph.output_node().args[0])  # type: ignore[union-attr]
     return CapturedGraph(graph_module, tuple(inputs), mutated, replicated, names)
@@ -119,14 +120,14 @@ def _reject_unsafe_nodes(gm: GraphModule) -> None:
                 raise CaptureError(f"{name} sets a mode that an ATen graph has no node for ({user_line(node)})")
 
 
-def _reject_shared_storage(gm: GraphModule, example_inputs: Sequence[Any], mutated: Sequence[int]) -> None:
+def _reject_shared_storage(gm: GraphModule, example_inputs: Sequence[Any], written: Mapping[int, str]) -> None:
     storages = {i: x.untyped_storage()._cdata for i, x in enumerate(example_inputs) if isinstance(x, torch.Tensor)}
     placeholders = gm.graph.find_nodes(op="placeholder")
-    for i, j in itertools.product(mutated, storages):
+    for i, j in itertools.product(written, storages):
         if i != j and storages[i] == storages[j]:
             raise CaptureError(
                 f"input {placeholders[i].target} is written to and shares its memory with input "
-                f"{placeholders[j].target}"
+                f"{placeholders[j].target} ({written[i]})"
             )
 
 
@@ -190,6 +191,7 @@ class _Functionalize(FunctionalTensorMode):
         self._storages_with_grad: dict[int, torch.UntypedStorage] = {}
         self._aliases: dict[int, tuple[torch.UntypedStorage, WeakTensorKeyDictionary]] = {}
         self._shared: dict[int, torch.UntypedStorage] = {}
+        self._writes: dict[int, str] = {}
 
     def _can_decompose(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if not func._can_decompose():
@@ -213,6 +215,9 @@ class _Functionalize(FunctionalTensorMode):
             raise _Hidden(f"the effect of {func}")
         if self._shared and func._schema.is_mutable:
             self._reject_write_to_shared(func, args)
+        if func._schema.is_mutable:
+            place = place_of(get_current_meta().get("stack_trace", ""))
+            self._writes.update((storage._cdata, place) for storage in _written(func, args))
         if func in _DROPOUTS and not (args[1] and args[2]):
             return args[0]  # as in eager mode: a later write to the one is seen in the other
         try:
@@ -224,6 +229,10 @@ class _Functionalize(FunctionalTensorMode):
             if error.op is None and not _takes_memory(func) and self._can_decompose(func, args, kwargs or {}):
                 error.op = func
             raise
+
+    def written_at(self, value: FunctionalTensor) -> str:
+        """The user's line that has last written to the memory of a value."""
+        return self._writes.get(value.untyped_storage()._cdata, "")
 
     def note_aliases(self, values: Sequence[Any]) -> None:
         """Of values around an opaque part, those that share their memory: it is not known how."""
@@ -237,13 +246,8 @@ class _Functionalize(FunctionalTensorMode):
                 self._shared |= storages
 
     def _reject_write_to_shared(self, func: OpOverload, args: tuple[Any, ...]) -> None:
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if (
-                argument.is_write
-                and isinstance(value, FunctionalTensor)
-                and value.untyped_storage()._cdata in self._shared
-            ):
-                raise CaptureError(f"{func} writes to memory that an opaque part of the graph shares")
+        if any(storage._cdata in self._shared for storage in _written(func, args)):
+            raise CaptureError(f"{func} writes to memory that an opaque part of the graph shares")
 
     def _update_aliases(self, func: OpOverload, args: tuple[Any, ...], result: Any) -> None:
         """Make what a write has changed anew at once, and a view of it as soon as it is taken.
@@ -280,6 +284,13 @@ class _Functionalize(FunctionalTensorMode):
                 and not (torch.is_grad_enabled() and tracked[id(value)])
             ):
                 raise CaptureError(f"{func} writes, unseen by autograd, to what has a gradient")
+
+
+def _written(func: OpOverload, args: tuple[Any, ...]) -> list[torch.UntypedStorage]:
+    """The memory that a call writes to."""
+    given = zip(func._schema.arguments, args, strict=False)
+    values = pytree.tree_leaves([value for argument, value in given if argument.is_write])
+    return [value.untyped_storage() for value in values if isinstance(value, FunctionalTensor)]
 
 
 def _has_autocast_policy(func: OpOverload, args: tuple[Any, ...]) -> bool:
@@ -447,31 +458,33 @@ def _trace(
     fake_mode: FakeTensorMode,
     inputs: Sequence[Any],
     keep: Keep,
-) -> tuple[GraphModule, tuple[int, ...], dict[int, int]]:
-    """Returns the graph, whose outputs are Dynamo's and then the mutated inputs; which inputs those
-    are; and which outputs (position → input) are such an input itself."""
+) -> tuple[GraphModule, dict[int, str], dict[int, int]]:
+    """Returns the graph, whose outputs are Dynamo's and then the inputs that are written to; which inputs those
+    are, and where they are written to; and which outputs (position → input) are such an input itself."""
     needs_grad = torch.is_grad_enabled() or any(
         node.args[0] for body in _bodies(gm) for node in body.graph.find_nodes(op="call_function", target=GRAD_MODE)
     )
     whole: set[OpOverload] = set()  # found out not to survive decomposition
-    mutated: tuple[int, ...] = ()
+    written: dict[int, str] = {}
     returned: dict[int, int] = {}
     policies: dict[int, _CachingTorchDispatchMode] = {}
 
     def functional(*args: Any) -> list[Any]:
-        nonlocal mutated, returned, policies
+        nonlocal written, returned, policies
         mode = _Functionalize(lambda op, *call: op in whole or keep(op, *call), needs_grad)
         below = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
         with torch._C._ExcludeDispatchKeyGuard(below), _states_restored(mode), mode:
             wrapped = [FunctionalTensor.to_functional(a) if isinstance(a, torch.Tensor) else a for a in args]
             interpreter = _DynamoInterpreter(gm, mode)
             outputs = interpreter.run(*wrapped)
-            mutated = tuple(i for i, x in enumerate(wrapped) if _is_mutated(x))
-            if any(_is_mutated(x) for x in interpreter.constants):
-                raise CaptureError("the graph writes to a tensor that is no input of it")
-            returned = _returned_inputs(outputs, wrapped, mutated)
+            written = {i: mode.written_at(x) for i, x in enumerate(wrapped) if _is_mutated(x, mode)}
+            for constant in interpreter.constants:
+                if _is_mutated(constant, mode):
+                    told = f"the graph writes to a tensor that is no input of it ({mode.written_at(constant)})"
+                    raise CaptureError(told)
+            returned = _returned_inputs(outputs, wrapped, written)
             policies = mode.policies
-            return [_unwrap(x) for x in (*outputs, *(wrapped[i] for i in mutated))]
+            return [_unwrap(x) for x in (*outputs, *(wrapped[i] for i in written))]
 
     table = {aten.copy.default: _copy, **_MASKS}
     trace = make_fx(functional, table, pre_dispatch=True, _allow_non_fake_inputs=True)
@@ -481,7 +494,7 @@ def _trace(
                 traced = trace(*inputs)
                 for region, policy in policies.items():
                     _apply_policy(traced, region, policy)
-                return traced, mutated, returned
+                return traced, written, returned
         except _Hidden as error:
             assert error.op is not None and error.op not in whole
             whole.add(error.op)
@@ -519,25 +532,25 @@ def _copy(destination: torch.Tensor, source: torch.Tensor, _: bool = False) -> A
     return aten.expand.default(source, destination.shape)
 
 
-def _is_mutated(value: Any) -> bool:
+def _is_mutated(value: Any, mode: _Functionalize) -> bool:
     if not isinstance(value, FunctionalTensor):
         return False
     if torch._functionalize_has_metadata_mutation(value.elem):
-        raise CaptureError("the graph changes the shape, strides or storage of one of its inputs")
+        raise CaptureError(f"the shape, strides or storage of an input are changed ({mode.written_at(value)})")
     return bool(torch._functionalize_has_data_mutation(value.elem))  # type: ignore[attr-defined]
 
 
-def _returned_inputs(outputs: Sequence[Any], inputs: Sequence[Any], mutated: Sequence[int]) -> dict[int, int]:
+def _returned_inputs(outputs: Sequence[Any], inputs: Sequence[Any], written: Mapping[int, str]) -> dict[int, int]:
     returned = {}
     for position, output in enumerate(outputs):
-        for i in mutated:
+        for i, place in written.items():
             if output is inputs[i]:
                 returned[position] = i
             elif (
                 isinstance(output, FunctionalTensor)
                 and output.untyped_storage()._cdata == inputs[i].untyped_storage()._cdata
             ):
-                raise CaptureError(f"output {position} is a view of an input that is written to")
+                raise CaptureError(f"output {position} is a view of an input that is written to ({place})")
     return returned
 
 

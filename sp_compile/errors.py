@@ -62,12 +62,12 @@ _TORCH = str(Path(torch.__file__).parent)
 
 def user_line(node: Node) -> str:
     """`file.py:12 in forward: y = f(x)`: the innermost frame of `node` outside torch."""
-    return _innermost(node.meta.get("stack_trace") or "") or f"node {node.name}"
+    return place_of(node.meta.get("stack_trace") or "") or f"node {node.name}"
 
 
 @lru_cache(maxsize=4096)
-def _innermost(stack_trace: str) -> str:
-    """Many nodes, of all layers of a model, share a trace. Empty: no frame."""
+def place_of(stack_trace: str) -> str:
+    """As `user_line`, of a trace, which many nodes of all layers of a model share. Empty: no frame."""
     frames = list(_FRAME.finditer(stack_trace))
     if not frames:
         return ""

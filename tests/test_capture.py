@@ -616,16 +616,29 @@ def test_a_choice_of_attention_kernels_stays_where_it_is() -> None:
     assert traced.count(aten._scaled_dot_product_flash_attention_for_cpu.default) == 1
 
 
-def test_inputs_that_share_memory_may_not_be_written_to() -> None:
-    def f(x: Tensor, y: Tensor) -> Tensor:
-        x.add_(1)
-        return y * 2
+def written_and_shared(x: Tensor, y: Tensor) -> Tensor:
+    x.add_(1)
+    return y * 2
 
+
+def written_and_viewed(x: Tensor, y: Tensor) -> Tensor:
+    torch._foreach_mul_([x], 2)
+    return x[1:]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (written_and_shared, r"L_x_ .*shares its memory with input L_y_ \(.* written_and_shared: x\.add_\(1\)\)"),
+        (written_and_viewed, r"output 0 is a view of an input .* \(.* written_and_viewed: torch\._foreach_mul_.*\)"),
+    ],
+)
+def test_writes_that_cannot_be_captured_are_told_with_their_line(body: Callable[..., Tensor], said: str) -> None:
     def backend(gm: GraphModule, example_inputs: list[Any]) -> GraphModule:
-        with pytest.raises(CaptureError, match=r"L_x_ .*shares its memory with input L_y_"):
+        with pytest.raises(CaptureError, match=said):
             capture(gm, example_inputs, stays_whole)
         return gm
 
     torch._dynamo.reset()
     base = torch.zeros(4)
-    torch.compile(f, backend=backend)(base[:3], base[1:])
+    torch.compile(body, backend=backend)(base[:3], base[1:])
