@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sp_compile import RewrittenGraph
 from sp_compile.comparison import Step, compare, step
 from sp_compile.verify import first_divergence_of, run_alone
 from sp_compile.verify import run_simulated as simulated
 
-__all__ = ["Step", "assert_equivalent", "collectives", "compared", "differences", "run_simulated", "step"]
+__all__ = ["Step", "assert_equivalent", "collectives", "compared", "differences", "run_simulated", "step", "tokens"]
+
+
+def tokens(*shape: int) -> Tensor:
+    """`[B, S, C]`, or any other shape, at random; it takes a gradient."""
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
 
 def differences(expected: Step, got: Step, parts: int, tolerance: float = 1e-9) -> dict[str, float]:

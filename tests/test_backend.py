@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import re
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,34 +12,23 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch import Tensor, nn
 
 from sp_compile import (
-    FallbackError,
     init_sequence_parallel,
     ops,
-    register_sharding_rule,
-    replicated_region,
     rewritten_graphs,
     sp_backend,
 )
-from sp_compile.comparison import on_rank
 from sp_compile.exchange import Exchange
-from sp_compile.simulation import fake_world, simulate
+from sp_compile.simulation import fake_world
 
-from .equivalence import assert_equivalent, collectives, compared, differences, run_simulated, step
+from .equivalence import assert_equivalent, collectives, compared, differences, run_simulated, step, tokens
 from .models import MODELS, gpt2, inputs_of, llama
 from .programs import Parts
 from .test_passes import Block
 
 LAYER = ["gather_seq_scatter_heads_qkv", "gather_heads_scatter_seq"]
-
-
-def tokens(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
 
 def kinds(graph: Any) -> list[str]:
@@ -203,124 +190,27 @@ def test_two_graphs() -> None:
     assert [collectives(graph) for graph in graphs] == [[*LAYER, "gather_output_0"]] * 2
 
 
-class ReadInMemory(nn.Module):
-    """Code behind the graph reads an output as it lies in memory: a spectrum that no rank has a part of, and one of the
-    sharded sequence."""
-
-    def __init__(self, spectrum: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.block, self.spectrum = Block(), spectrum
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        y = self.block(x)
-        whole, sharded = self.spectrum(x[:, 2:4]), self.spectrum(y)
-        torch._dynamo.graph_break()
-        return y, *(each.as_strided((each.numel(),), (1,)).abs() for each in (whole, sharded))
-
-
-SPECTRA: dict[str, Callable[[Tensor], Tensor]] = {
-    "c2c": torch.fft.fft2,
-    "r2c": torch.fft.rfft2,
-    "c2r": torch.fft.irfft2,
-    "three": torch.fft.rfftn,
-    "outer": lambda y: torch.fft.rfft2(y.unflatten(2, (3, -1)), dim=(1, 2)),
-    "transposed": lambda y: torch.fft.fft2(y.transpose(1, 2), dim=(2, 0)),
-}
-
-
-@pytest.mark.parametrize("spectrum", SPECTRA)
-def test_spectra_lie_in_memory_as_on_one_device(spectrum: str) -> None:
-    assert_equivalent(ReadInMemory(SPECTRA[spectrum]).double(), (tokens(2, 7, 12),), parts=2)
-
-
-class WholeInMemory(nn.Module):
-    """The same of what is made of gathered values, which do not lie as on one device."""
-
-    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.block, self.make = Block(), make
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = self.block(x).transpose(1, 2) * 1.5
-        whole = self.make(y)
-        torch._dynamo.graph_break()
-        return y, whole.as_strided((whole.numel(),), (1,)) * 1
-
-
-def in_a_region(y: Tensor) -> Tensor:
-    with replicated_region():
-        return y * 2
-
-
-WHOLE: dict[str, Callable[[Tensor], Tensor]] = {"region": in_a_region, "few rows": lambda y: y[:, :, 3:5] * 2}
-
-
-@pytest.mark.parametrize("make", WHOLE)
-@pytest.mark.parametrize("parts", [2, 3])
-def test_whole_outputs_lie_in_memory_as_on_one_device(make: str, parts: int) -> None:
-    assert_equivalent(WholeInMemory(WHOLE[make]).double(), (tokens(2, 7, 12),), parts=parts)
-
-
-class WrittenBehind(nn.Module):
-    """Two outputs of the first graph share their memory, which code behind it writes to."""
-
-    def __init__(self, view: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.block, self.view = Block(), view
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, w = self.block(x).detach(), self.block(x)
-        z = self.view(y)
-        torch._dynamo.graph_break()
-        z.mul_(2)
-        return y * 1, w
-
-
-VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
-    "view": lambda y: y.view(2, -1),
-    "slice": lambda y: y[:, 2:5],
-    "chunk": lambda y: y.chunk(2, -1)[1],
-    "transpose": lambda y: y.transpose(1, 2)[:, 3],
-}
-
-
-@pytest.mark.parametrize("view", VIEWS)
-def test_outputs_that_share_memory_still_do(view: str) -> None:
-    assert_equivalent(WrittenBehind(VIEWS[view]).double(), (tokens(1, 7, 12),), parts=2)
-
-
-def test_complex_numbers_are_the_memory_that_they_were_made_of() -> None:
-    """Of an input, and of another output: what is written there afterwards shows."""
-
-    def body(m: Parts, x: Tensor) -> Any:
-        y = m.block(x)
-        return y, *(torch.view_as_complex(each.unflatten(-1, (6, 2))) for each in (x, y))
-
-    x = tokens(1, 7, 12).detach()
-    with simulate(3), torch.no_grad():
-        call = torch.compile(Parts(body), backend=partial(sp_backend, options={"inner_backend": "eager"}))
-        y, *numbers = call(x)
-        for each, made in zip((x, y), numbers, strict=True):
-            each.mul_(2)
-            for rank in range(3):
-                assert torch.equal(on_rank(each, rank), torch.view_as_real(on_rank(made, rank)).flatten(-2))
-
-
-class ViewedBehind(nn.Module):
-    """An output of the first graph lies transposed in memory, which code behind it relies on."""
+class Mixture(nn.Module):
+    """An expert for each token, by torch's own `grouped_mm`, which is of bfloat16."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.block = Block()
+        self.block, self.up, self.router = Block(3).double(), nn.Linear(12, 16).double(), nn.Linear(12, 4).double()
+        self.experts = nn.Parameter(torch.randn(4, 16, 16, dtype=torch.bfloat16) / 4)
 
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.block(x).unflatten(-1, (3, 4)).permute(0, 2, 1, 3)
-        torch._dynamo.graph_break()
-        return z.transpose(1, 2).view(2, -1) * 2
+    def forward(self, x: Tensor) -> Any:
+        y = self.block(x).flatten(0, 1)
+        ids = self.router(y).argmax(-1)
+        order = ids.argsort()
+        ends = torch.histc(ids.float(), bins=4, min=0, max=3).cumsum(0, dtype=torch.int32)
+        rows = F.grouped_mm(self.up(y).bfloat16()[order], self.experts, offs=ends)
+        return rows[order.argsort()].double().view(*x.shape[:2], 16)
 
 
-def test_outputs_keep_their_memory_order() -> None:
-    assert_equivalent(ViewedBehind().double(), (tokens(1, 7, 12),), parts=3)
+@pytest.mark.parametrize("parts", [2, 3])
+def test_grouped_mm_of_torch_runs_by_rows(parts: int) -> None:
+    (graph,) = assert_equivalent(Mixture(), (tokens(2, 7, 12),), parts=parts, tolerance=2e-2)
+    assert collectives(graph) == [*LAYER, "gather_output_0"] and not graph.plan.fallbacks
 
 
 # Planted wrongs: each must be noticed by the comparison
@@ -451,377 +341,7 @@ def test_gpt2_with_dropout_stays_sharded() -> None:
     assert [site.strategy for site in graph.plan.sites] == ["ulysses", "ulysses"]
 
 
-# Fallbacks, options, printing
-
-
-class Scattered(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = Block()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.block(x)
-        return y.put(torch.zeros(1, dtype=torch.int64), y.new_ones(1)) + y
-
-
-def test_what_has_no_rule_runs_on_gathered_values_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "sp_compile"):
-        graphs = assert_equivalent(Scattered().double(), (tokens(1, 7, 12),), parts=3)
-    assert graphs[0].plan.fallbacks
-    assert "runs on gathered values" in caplog.text
-    assert "test_backend.py" in caplog.text
-
-
-def test_strict_refuses_with_the_line() -> None:
-    with pytest.raises(Exception, match=r"runs on gathered values.*test_backend\.py") as caught:
-        run_simulated(Scattered().double(), (tokens(1, 7, 12),), parts=3, options={"strict": True})
-    assert isinstance(caught.value.__cause__ or caught.value, FallbackError) or "FallbackError" in str(caught.value)
-
-
-def frozen_weight_written(m: Parts, x: Tensor) -> Any:
-    with torch.no_grad():
-        m.w.clamp_(0)
-    return m.block(x) * m.w
-
-
-def as_many_as_are_positive(m: Parts, x: Tensor) -> Any:
-    y = m.block(x)
-    return y[y > 0].sum()
-
-
-def looked_up_by_frequency(m: Parts, x: Tensor) -> Any:
-    ids = m.block(x).argmax(-1)
-    return F.embedding(ids, m.table.weight, scale_grad_by_freq=True)
-
-
-@pytest.mark.parametrize(
-    ("body", "said"),
-    [
-        (
-            frozen_weight_written,
-            r"writes, unseen by autograd,.*: m\.w\.clamp_\(0\)\); without strict=True this graph runs",
-        ),
-        (
-            as_many_as_are_positive,
-            r"a size is read from a tensor \(.*: return y\[y > 0\]\.sum\(\)\); opt it out with replicated_region",
-        ),
-        (
-            looked_up_by_frequency,
-            r"its rule is not for such arguments or sizes \(.*: return F\.embedding.*\); opt it out with replicated",
-        ),
-    ],
-)
-def test_strict_refuses_with_the_reason_the_line_and_the_remedy(body: Callable[..., Any], said: str) -> None:
-    read = torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
-    with read, pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as raised:
-        run_simulated(Parts(body), (tokens(1, 13, 12),), options={"strict": True})
-    assert isinstance(raised.value.inner_exception, FallbackError)
-    message = str(raised.value.inner_exception)
-    assert re.search(rf"test_backend\.py:\d+ in {body.__name__}", message) and re.search(said, message), message
-    assert "without strict=True" in message and "register_sharding_rule" not in message
-
-
-@pytest.mark.parametrize("body", [as_many_as_are_positive, looked_up_by_frequency])
-def test_what_strict_refuses_may_be_opted_out(body: Callable[..., Any]) -> None:
-    def opted_out(m: Parts, x: Tensor) -> Any:
-        y = m.block(x)
-        with replicated_region():
-            z = body(m, y)
-        return z, m.block(y)
-
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        (graph,) = assert_equivalent(Parts(opted_out), (tokens(1, 13, 12),), parts=3, options={"strict": True})
-    assert [site.strategy for site in graph.plan.sites][-1] == "ulysses" and not graph.plan.fallbacks
-
-
-def test_a_registered_rule_is_used() -> None:
-    @torch.library.custom_op("sp_test::double", mutates_args=())
-    def double(x: Tensor) -> Tensor:
-        return x * 2
-
-    double.register_fake(lambda x: torch.empty_like(x))
-    register_sharding_rule(torch.ops.sp_test.double, "... -> ...")
-
-    class Custom(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block = Block()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return double(self.block(x).detach())
-
-    _, (graph,) = run_simulated(Custom().double(), (tokens(1, 7, 12),), parts=2)
-    assert not graph.plan.fallbacks
-
-
-# Opted out
-
-
-class Tripled(torch.autograd.Function):
-    """Not pointwise: it would shard."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.sin() + x.mean(-1, keepdim=True)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return gradients[0] * 3
-
-
-class OptedOut(nn.Module):
-    def __init__(self, body: Callable[..., Any]) -> None:
-        super().__init__()
-        self.body, self.block, self.inner = body, Block(3), Block(3)
-        self.scale = nn.Parameter(torch.randn(12))
-        self.register_buffer("mean", torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Any:
-        return self.block(self.body(self, self.block(x))) * self.scale
-
-
-def region_plain(m: Any, y: Tensor) -> Tensor:
-    with replicated_region():
-        return y.sort(1).values * m.scale
-
-
-@replicated_region()
-def region_decorator(m: Any, y: Tensor) -> Tensor:
-    with torch.no_grad():
-        deviation = y.std(1, keepdim=True)
-    return y.cumsum(1) / deviation
-
-
-def region_around_attention(m: Any, y: Tensor) -> Tensor:
-    with replicated_region():
-        y = m.inner(y)
-        m.mean.add_(y.detach().mean())
-    return y + m.mean
-
-
-def region_nested(m: Any, y: Tensor) -> Tensor:
-    with replicated_region():
-        with replicated_region():
-            y = y.sort(1).values
-        return Tripled.apply(y)
-
-
-def region_in_checkpoint(m: Any, y: Tensor) -> Any:
-    return checkpoint(lambda t: region_plain(m, t) * m.scale, y, use_reentrant=False)
-
-
-def region_around_checkpoint(m: Any, y: Tensor) -> Any:
-    with replicated_region():
-        return checkpoint(lambda t: t.sort(1).values * m.scale, y, use_reentrant=False)
-
-
-def region_writes_to_a_view(m: Any, y: Tensor) -> Tensor:
-    y = y.clone()
-    with replicated_region():
-        v = y.view(1, 7, 3, 4)
-        v[:, 2:5, 1] *= 2
-    v.transpose(1, 2)[:, 0].add_(m.scale[:4])
-    return y
-
-
-REGIONS = [
-    region_plain,
-    region_decorator,
-    region_around_attention,
-    region_nested,
-    region_in_checkpoint,
-    region_around_checkpoint,
-    region_writes_to_a_view,
-]
-
-
-@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("body", REGIONS)
-def test_a_replicated_region_runs_whole_and_the_rest_shards(body: Callable[..., Any], dynamic: bool | None) -> None:
-    options = {"strict": body is not region_writes_to_a_view}
-    module = OptedOut(body).double()
-    (graph,) = assert_equivalent(module, (tokens(1, 7, 12),), parts=3, options=options, dynamic=dynamic)
-    assert [site.strategy for site in graph.plan.sites] == ["ulysses", "ulysses"]
-    assert any(name.startswith("all_gather") for name in collectives(graph))
-
-
-def test_only_the_region_is_opted_out() -> None:
-    def beside(m: Any, y: Tensor) -> Tensor:
-        index = torch.zeros(1, dtype=torch.int64)
-        with replicated_region():
-            z = y.put(index, y.new_ones(1))
-        return y.put(index, y.new_zeros(1)) + z
-
-    with pytest.raises(Exception, match=r"in beside: return y\.put.*replicated_region\(\)"):
-        run_simulated(OptedOut(beside).double(), (tokens(1, 7, 12),), parts=3, options={"strict": True})
-
-
-def test_an_opaque_part_is_refused_or_runs_whole() -> None:
-    module = OptedOut(lambda m, y: Tripled.apply(y)).double()
-    (graph,) = assert_equivalent(module, (tokens(1, 7, 12),), parts=3)
-    assert [str(fallback.node) for fallback in graph.plan.fallbacks] == ["autograd_function_apply_0"]
-    assert [site.strategy for site in graph.plan.sites] == ["ulysses", "ulysses"]
-    with pytest.raises(Exception, match=r"autograd_function_apply_0 runs on gathered.*; opt it out with"):
-        run_simulated(module, (tokens(1, 7, 12),), parts=3, options={"strict": True})
-
-
-class Mixture(nn.Module):
-    """An expert for each token, by torch's own `grouped_mm`, which is of bfloat16."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block, self.up, self.router = Block(3).double(), nn.Linear(12, 16).double(), nn.Linear(12, 4).double()
-        self.experts = nn.Parameter(torch.randn(4, 16, 16, dtype=torch.bfloat16) / 4)
-
-    def forward(self, x: Tensor) -> Any:
-        y = self.block(x).flatten(0, 1)
-        ids = self.router(y).argmax(-1)
-        order = ids.argsort()
-        ends = torch.histc(ids.float(), bins=4, min=0, max=3).cumsum(0, dtype=torch.int32)
-        rows = F.grouped_mm(self.up(y).bfloat16()[order], self.experts, offs=ends)
-        return rows[order.argsort()].double().view(*x.shape[:2], 16)
-
-
-@pytest.mark.parametrize("parts", [2, 3])
-def test_grouped_mm_of_torch_runs_by_rows(parts: int) -> None:
-    (graph,) = assert_equivalent(Mixture(), (tokens(2, 7, 12),), parts=parts, tolerance=2e-2)
-    assert collectives(graph) == [*LAYER, "gather_output_0"] and not graph.plan.fallbacks
-
-
-# Activation checkpointing
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, how: Mapping[str, Any] | None, p: float) -> None:
-        super().__init__()
-        self.first, self.second, self.how, self.p = Block(3), Block(3), how, p
-
-    def body(self, x: Tensor) -> Tensor:
-        return self.second(F.dropout(self.first(x).softmax(1).sin(), self.p)).mean(1)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.body(x) if self.how is None else checkpoint(self.body, x * 1, **self.how)
-
-
-def lowered(
-    model: nn.Module,
-    partition: Callable[..., Any] = min_cut_rematerialization_partition,
-    parts: int = 2,
-    **options: Any,
-) -> tuple[list[Counter[str]], list[Tensor]]:
-    """The collectives of the forward and the backward graph of 70 rows, and what waits between, but for vectors."""
-    counts: list[Counter[str]] = []
-    saved: list[list[Tensor]] = []
-
-    def compiler(gm: fx.GraphModule, inputs: Any) -> Any:
-        functional = [n.target for n in gm.graph.nodes if getattr(n.target, "namespace", "") == "_c10d_functional"]
-        counts.append(Counter(target._opname for target in functional))
-        outputs: Any = gm.graph.output_node().args[0]
-        values = [each.meta["val"] for each in outputs if each is not None and each.op != "placeholder"]
-        saved.append([v for v in values[1:] if isinstance(v, Tensor) and v.dim() > 1])
-        return gm.forward
-
-    inner = aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=partition)
-    with fake_world(parts):
-        torch._dynamo.reset()
-        init_sequence_parallel()
-        compiled = torch.compile(model, backend=partial(sp_backend, options={"inner_backend": inner, **options}))
-        compiled(torch.randn(1, 70, 12)).sum().backward()
-    torch._dynamo.reset()
-    return counts, saved[0]
-
-
-def bytes_of(values: Iterable[Tensor]) -> int:
-    return sum(value.numel() * value.element_size() for value in values)
-
-
-@pytest.mark.parametrize("partition", [min_cut_rematerialization_partition, default_partition])
-def test_a_checkpointed_region_is_computed_again_and_not_sent_for_again(partition: Callable[..., Any]) -> None:
-    (forward, _), plain = lowered(Checkpointed(None, 0.0))
-    # q, k and v of two sites and their way home, one softmax over tokens that borrows channels and returns, one mean
-    assert forward == {"all_to_all_single": 6, "all_reduce": 1, "wait_tensor": 7}
-    for how in ({"use_reentrant": False}, {"use_reentrant": True, "preserve_rng_state": False}):
-        (again, backward), saved = lowered(Checkpointed(how, 0.1), partition)
-        assert again == forward
-        assert backward["all_to_all_single"] == 6
-        assert bytes_of(saved) < bytes_of(plain)
-
-
-class TwoBlocks(nn.Module):
-    def __init__(self, frozen: bool) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(Block(4), Block(4))
-        if frozen:
-            for part in (self.blocks[0].k, self.blocks[0].v):
-                part.requires_grad_(False)  # type: ignore[operator, union-attr]
-
-    def forward(self, x: Tensor) -> Any:
-        return self.blocks(x)
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("attention", ["ulysses", "all_gather_kv"])
-def test_what_is_saved_for_backward_is_a_ranks_part(attention: str, frozen: bool) -> None:
-    """Where K and V are gathered, they are gathered again in backward, and the causal mask is built again."""
-    _, alone = lowered(TwoBlocks(frozen), parts=1)
-    for parts in (2, 4):
-        (_, backward), saved = lowered(TwoBlocks(frozen), parts=parts, attention=attention)
-        rows = -(-70 // parts)
-        saved = [value for value in saved if not {70, rows}.isdisjoint(value.shape)]  # no weights
-        assert bytes_of(saved) <= bytes_of(alone) * rows / 70 + rows  # and which are padding
-        if attention == "all_gather_kv":
-            assert all(70 not in value.shape for value in saved)
-            assert backward["all_gather_into_tensor"] == 2
-
-
-def of_24_features(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    saved = op is torch.ops.aten.addmm.default and args[1].shape[-1] == 24
-    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def saves_nothing() -> Any:
-    return create_selective_checkpoint_contexts([])
-
-
-def saves_linears() -> Any:
-    return create_selective_checkpoint_contexts([torch.ops.aten.addmm.default])
-
-
-def saves_some() -> Any:
-    return create_selective_checkpoint_contexts(of_24_features)
-
-
-class Selective(nn.Module):
-    def __init__(self, contexts: Callable[[], Any]) -> None:
-        super().__init__()
-        self.block, self.up, self.down = Block(3), nn.Linear(12, 24), nn.Linear(24, 12)
-        self.contexts = contexts
-
-    def body(self, x: Tensor) -> Tensor:
-        return self.down(self.up(self.block(x)).cos()).cos()
-
-    def forward(self, x: Tensor) -> Any:
-        return checkpoint(self.body, x * 1, use_reentrant=False, context_fn=self.contexts)
-
-
-@pytest.mark.parametrize(("contexts", "again"), [(saves_nothing, 3), (saves_some, 2), (saves_linears, 0)])
-def test_a_selective_checkpoint_saves_what_it_says_and_shards(contexts: Callable[[], Any], again: int) -> None:
-    (graph,) = assert_equivalent(Selective(contexts).double(), (tokens(1, 7, 12),), parts=3)
-    assert collectives(graph) == [*LAYER, "gather_output_0"] and not graph.plan.fallbacks
-    counts: list[int] = []
-
-    def compiler(gm: fx.GraphModule, inputs: Any) -> Any:
-        counts.append(len(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.addmm.default)))
-        return gm.forward
-
-    inner = aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)
-    with fake_world(2):
-        torch._dynamo.reset()
-        init_sequence_parallel()
-        model = torch.compile(Selective(contexts), backend=partial(sp_backend, options={"inner_backend": inner}))
-        model(torch.randn(1, 7, 12)).sum().backward()
-    torch._dynamo.reset()
-    assert counts == [6, again]
+# Options, printing
 
 
 def test_derivatives_inside_a_graph_compile() -> None:

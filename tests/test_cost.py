@@ -16,8 +16,7 @@ from sp_compile.cost import contraction_flops, flops, peak_activation_bytes, pla
 from sp_compile.debug import unsharded_graphs
 from sp_compile.graph import GraphRules
 
-from .equivalence import run_simulated
-from .test_backend import tokens
+from .equivalence import run_simulated, tokens
 from .test_passes import Block
 
 LENGTH, WIDTH, ITEM = 16, 4, 8

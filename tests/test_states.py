@@ -20,16 +20,12 @@ from sp_compile.comparison import copied
 from sp_compile.debug import unsharded_graphs
 from sp_compile.simulation import simulate
 
-from .equivalence import assert_equivalent, compared, differences, step
+from .equivalence import assert_equivalent, compared, differences, step, tokens
 from .mutants import MUTANTS
 from .programs import Parts
 
 Body = Callable[..., Any]
 aten = torch.ops.aten
-
-
-def tokens(*shape: int) -> Tensor:
-    return torch.randn(shape or (2, 13, 12), dtype=torch.float64, requires_grad=True)
 
 
 def compiled(module: nn.Module, backend: Any = None, **options: Any) -> Callable[..., Any]:
@@ -59,7 +55,7 @@ TOLERANCES = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 @pytest.mark.parametrize("parts", [2, 3, 4])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_autocast_around_the_model(dtype: torch.dtype, parts: int) -> None:
-    x, model = tokens().float().detach().requires_grad_(), Parts(half_and_whole).float()
+    x, model = tokens(2, 13, 12).float().detach().requires_grad_(), Parts(half_and_whole).float()
     with torch.autocast("cpu", dtype):
         (graph,) = assert_equivalent(model, (x,), parts=parts, tolerance=TOLERANCES[dtype])
     assert_sharded(graph)
@@ -84,7 +80,7 @@ def test_both_branches_of_one_compiled_model() -> None:
     with simulate(3):
         call = compiled(module)
         for shift in (5, -5, 4):
-            x = (tokens() + shift).detach().requires_grad_()
+            x = (tokens(2, 13, 12) + shift).detach().requires_grad_()
             assert (alone.block(x).mean() > 0) == (shift > 0)
             errors = differences(step(alone, alone, [x], {}), step(call, module, [x], {}), 3)
             assert max(errors.values()) < 1e-9, (shift, errors)
@@ -162,7 +158,7 @@ def last_rows(c: Any, m: Parts, x: Tensor) -> Any:
     ("body", "parts"), [(cache_by_slice, 2), (cache_by_index, 3), (copied_rows, 4), (averaged_rows, 3), (last_rows, 4)]
 )
 def test_a_buffer_is_written_with_sharded_rows(body: Body, parts: int) -> None:
-    (graph,) = assert_equivalent(Kept(body), (tokens(),), parts=parts)
+    (graph,) = assert_equivalent(Kept(body), (tokens(2, 13, 12),), parts=parts)
     assert_sharded(graph)
 
 
@@ -220,7 +216,7 @@ WRITES = [(copied_out, 4), (copied_and_changed, 2), (added_to, 3), (one_column, 
 def test_an_input_is_written_with_sharded_rows(body: Body, parts: int) -> None:
     out = torch.ones(2, 13, 12, dtype=torch.float64)
     dynamic = parts == 3 or None
-    (graph,) = assert_equivalent(Parts(body), (tokens(), out), parts=parts, dynamic=dynamic)
+    (graph,) = assert_equivalent(Parts(body), (tokens(2, 13, 12), out), parts=parts, dynamic=dynamic)
     assert_sharded(graph)
     assert out.eq(1).all()
 
@@ -245,7 +241,7 @@ def test_weights_that_were_frozen_before(frozen: str, parts: int) -> None:
     model = Parts(two_blocks)
     for name in FROZEN[frozen]:
         model.get_parameter(name).requires_grad_(False)
-    for x in (tokens(), tokens().detach()):
+    for x in (tokens(2, 13, 12), tokens(2, 13, 12).detach()):
         (graph,) = assert_equivalent(model, (x,), parts=parts)
         assert len(graph.plan.sites) == 2 and not graph.plan.fallbacks
 
@@ -265,7 +261,7 @@ def written_and_returned(m: Parts, x: Tensor, at: Tensor) -> Any:
 
 @pytest.mark.parametrize("body", [the_same_again, written_and_returned])
 def test_the_same_tensor_is_the_same_object(body: Body) -> None:
-    model, x, at = Parts(body).requires_grad_(False), tokens().detach(), torch.arange(3)
+    model, x, at = Parts(body).requires_grad_(False), tokens(2, 13, 12).detach(), torch.arange(3)
     given = [x, at, model.w, model.count]
 
     def same(outputs: Any) -> list[list[bool]]:
@@ -321,9 +317,10 @@ def autocast_inside(m: Parts, x: Tensor) -> Any:
 )
 def test_a_planted_wrong_is_noticed(mutant: str, body: Body) -> None:
     model: nn.Module = Kept(body) if body is last_rows else Parts(body)
-    inputs = (tokens(), torch.ones(2, 13, 12, dtype=torch.float64)) if body is copied_out else (tokens(),)
+    x = tokens(2, 13, 12)
+    inputs = (x, torch.ones(2, 13, 12, dtype=torch.float64)) if body is copied_out else (x,)
     if body is autocast_inside:
-        model, inputs = model.float(), (tokens().float().detach().requires_grad_(),)
+        model, inputs = model.float(), (x.float().detach().requires_grad_(),)
     with MUTANTS[mutant]():
         errors, _ = compared(model, inputs, parts=3)
     state = {last_rows: "buffer rows", copied_out: "input 1 afterwards"}.get(body)

@@ -1,0 +1,142 @@
+"""Where values lie in memory, which code that looks may tell: as on one device, and outputs that share it still do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sp_compile import (
+    replicated_region,
+    sp_backend,
+)
+from sp_compile.comparison import on_rank
+from sp_compile.simulation import simulate
+
+from .equivalence import assert_equivalent, tokens
+from .programs import Parts
+from .test_passes import Block
+
+
+class ReadInMemory(nn.Module):
+    """Code behind the graph reads an output as it lies in memory: a spectrum that no rank has a part of, and one of the
+    sharded sequence."""
+
+    def __init__(self, spectrum: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.block, self.spectrum = Block(), spectrum
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = self.block(x)
+        whole, sharded = self.spectrum(x[:, 2:4]), self.spectrum(y)
+        torch._dynamo.graph_break()
+        return y, *(each.as_strided((each.numel(),), (1,)).abs() for each in (whole, sharded))
+
+
+SPECTRA: dict[str, Callable[[Tensor], Tensor]] = {
+    "c2c": torch.fft.fft2,
+    "r2c": torch.fft.rfft2,
+    "c2r": torch.fft.irfft2,
+    "three": torch.fft.rfftn,
+    "outer": lambda y: torch.fft.rfft2(y.unflatten(2, (3, -1)), dim=(1, 2)),
+    "transposed": lambda y: torch.fft.fft2(y.transpose(1, 2), dim=(2, 0)),
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_spectra_lie_in_memory_as_on_one_device(spectrum: str) -> None:
+    assert_equivalent(ReadInMemory(SPECTRA[spectrum]).double(), (tokens(2, 7, 12),), parts=2)
+
+
+class WholeInMemory(nn.Module):
+    """The same of what is made of gathered values, which do not lie as on one device."""
+
+    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.block, self.make = Block(), make
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.block(x).transpose(1, 2) * 1.5
+        whole = self.make(y)
+        torch._dynamo.graph_break()
+        return y, whole.as_strided((whole.numel(),), (1,)) * 1
+
+
+def in_a_region(y: Tensor) -> Tensor:
+    with replicated_region():
+        return y * 2
+
+
+WHOLE: dict[str, Callable[[Tensor], Tensor]] = {"region": in_a_region, "few rows": lambda y: y[:, :, 3:5] * 2}
+
+
+@pytest.mark.parametrize("make", WHOLE)
+@pytest.mark.parametrize("parts", [2, 3])
+def test_whole_outputs_lie_in_memory_as_on_one_device(make: str, parts: int) -> None:
+    assert_equivalent(WholeInMemory(WHOLE[make]).double(), (tokens(2, 7, 12),), parts=parts)
+
+
+class WrittenBehind(nn.Module):
+    """Two outputs of the first graph share their memory, which code behind it writes to."""
+
+    def __init__(self, view: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.block, self.view = Block(), view
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, w = self.block(x).detach(), self.block(x)
+        z = self.view(y)
+        torch._dynamo.graph_break()
+        z.mul_(2)
+        return y * 1, w
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "view": lambda y: y.view(2, -1),
+    "slice": lambda y: y[:, 2:5],
+    "chunk": lambda y: y.chunk(2, -1)[1],
+    "transpose": lambda y: y.transpose(1, 2)[:, 3],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_outputs_that_share_memory_still_do(view: str) -> None:
+    assert_equivalent(WrittenBehind(VIEWS[view]).double(), (tokens(1, 7, 12),), parts=2)
+
+
+def test_complex_numbers_are_the_memory_that_they_were_made_of() -> None:
+    """Of an input, and of another output: what is written there afterwards shows."""
+
+    def body(m: Parts, x: Tensor) -> Any:
+        y = m.block(x)
+        return y, *(torch.view_as_complex(each.unflatten(-1, (6, 2))) for each in (x, y))
+
+    x = tokens(1, 7, 12).detach()
+    with simulate(3), torch.no_grad():
+        call = torch.compile(Parts(body), backend=partial(sp_backend, options={"inner_backend": "eager"}))
+        y, *numbers = call(x)
+        for each, made in zip((x, y), numbers, strict=True):
+            each.mul_(2)
+            for rank in range(3):
+                assert torch.equal(on_rank(each, rank), torch.view_as_real(on_rank(made, rank)).flatten(-2))
+
+
+class ViewedBehind(nn.Module):
+    """An output of the first graph lies transposed in memory, which code behind it relies on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.block(x).unflatten(-1, (3, 4)).permute(0, 2, 1, 3)
+        torch._dynamo.graph_break()
+        return z.transpose(1, 2).view(2, -1) * 2
+
+
+def test_outputs_keep_their_memory_order() -> None:
+    assert_equivalent(ViewedBehind().double(), (tokens(1, 7, 12),), parts=3)
