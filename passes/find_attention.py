@@ -10,8 +10,9 @@ A written-out attention is a contraction of two activations whose result carries
 and the key length, and then a contraction that sums over the key length. What lies between belongs to the site: a
 softmax over the keys, or scores that are taken as they are, under a sigmoid, a ReLU or a matrix of decays (Ramapuram et
 al. 2024; Sun et al. 2023, RetNet, section 2.1), if it is features that were summed. Linear attention, `q @ (k_t @ v)`,
-sums rows first: what would be the lengths are features, and it is no site. The op names are never asked for: the rules
-know which dimension is which.
+sums rows first: what would be the lengths are features, and it is no site, nor are the blocks of rows that it is
+written in, whose values are summed once more. The op names are never asked for: the rules know which dimension is
+which.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def _written_out(node: fx.Node, rule: OpShardingRule, rules: GraphRules, feature
             between = _between(node, last, rules)
             lengths = (*factors_of(rule.operands[query][query_dim]), *factors_of(rule.operands[key][key_dim]))
             mixed = any(_mixes(each, keys, rules) for each in between[1:-1])
-            if mixed or _sums_features(node, rule, lengths, features):
+            if mixed or (_sums_features(node, rule, lengths, features) and not _is_summed_elsewhere(value, rules)):
                 return AttentionSite(
                     between, SiteOperand(node, query, query_dim), SiteOperand(node, key, key_dim), value
                 )
@@ -127,9 +128,27 @@ def _carried(
 
 
 def _sums_features(node: fx.Node, rule: OpShardingRule, lengths: Iterable[str], features: Features) -> bool:
-    """Whether a contraction is over features and the lengths are none: linear attention sums rows first."""
-    known = features.of(node)
-    return all_factors(rule.operands) - all_factors(rule.results[:1]) <= known and known.isdisjoint(lengths)
+    """Whether a contraction is over features, and what it keeps beside the lengths is a batch and features, as heads.
+
+    Linear attention sums rows first, and keeps chunks of rows where it has products of a query and a key.
+    """
+    known, kept = features.of(node), all_factors(rule.results[:1])
+    batch = set(factors_of(rule.results[0][0]))
+    rest = (all_factors(rule.operands) | kept) - batch - set(lengths)
+    return rest <= known and known.isdisjoint(lengths)
+
+
+def _is_summed_elsewhere(value: SiteOperand, rules: GraphRules) -> bool:
+    """Whether rows of the value are summed once more, to the state that linear attention hands to the next rows."""
+    operand = rules.operands(value.node)[value.index]
+    for user in operand.users:
+        rule = rules.rule(user)
+        if user is value.node or rule is None or _contracted(rule) is None:
+            continue
+        dims = rule.operands[rules.operands(user).index(operand)]
+        if all_factors(rule.results[:1]).isdisjoint(factors_of(dims[value.dim])):
+            return True
+    return False
 
 
 def _between(first: fx.Node, last: fx.Node, rules: GraphRules) -> tuple[fx.Node, ...]:
