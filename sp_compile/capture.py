@@ -216,7 +216,7 @@ class _Functionalize(FunctionalTensorMode):
         if self._shared and func._schema.is_mutable:
             self._reject_write_to_shared(func, args)
         if func._schema.is_mutable:
-            place = place_of(get_current_meta().get("stack_trace", ""))
+            place = place_of(get_current_meta().get("stack_trace") or "")
             self._writes.update((storage._cdata, place) for storage in _written(func, args))
         if func in _DROPOUTS and not (args[1] and args[2]):
             return args[0]  # as in eager mode: a later write to the one is seen in the other
