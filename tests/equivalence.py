@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sp_compile import RewrittenGraph
+from sp_compile import RewrittenGraph, rewritten_graphs
 from sp_compile.comparison import Step, compare, step
+from sp_compile.debug import unsharded_graphs
 from sp_compile.verify import first_divergence_of, run_alone
 from sp_compile.verify import run_simulated as simulated
 
-__all__ = ["Step", "assert_equivalent", "collectives", "compared", "differences", "run_simulated", "step", "tokens"]
+__all__ = [
+    "Step",
+    "assert_equivalent",
+    "collectives",
+    "compared",
+    "differences",
+    "known_graphs",
+    "rewritten_since",
+    "run_simulated",
+    "step",
+    "tokens",
+]
 
 
 def tokens(*shape: int) -> Tensor:
@@ -76,6 +88,16 @@ def assert_equivalent(
         raise AssertionError(f"P={parts}: {wrong}\n{found}")
     assert graphs or not must_shard, "nothing was sharded"
     return graphs
+
+
+def known_graphs() -> set[str]:
+    """The names of the graphs so far, rewritten and unsharded: the last of them, as they are kept."""
+    return {graph.name for graph in (*rewritten_graphs(), *unsharded_graphs())}
+
+
+def rewritten_since(known: Collection[str]) -> list[RewrittenGraph]:
+    """The graphs that were rewritten since `known_graphs()`."""
+    return [graph for graph in rewritten_graphs() if graph.name not in known]
 
 
 def collectives(graph: RewrittenGraph) -> list[str]:

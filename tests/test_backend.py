@@ -23,7 +23,17 @@ from sp_compile import (
 from sp_compile.exchange import Exchange
 from sp_compile.simulation import fake_world
 
-from .equivalence import assert_equivalent, collectives, compared, differences, run_simulated, step, tokens
+from .equivalence import (
+    assert_equivalent,
+    collectives,
+    compared,
+    differences,
+    known_graphs,
+    rewritten_since,
+    run_simulated,
+    step,
+    tokens,
+)
 from .models import MODELS, gpt2, inputs_of, llama
 from .programs import Parts
 from .test_passes import Block
@@ -347,7 +357,7 @@ def test_gpt2_with_dropout_stays_sharded() -> None:
 def test_derivatives_inside_a_graph_compile() -> None:
     """Forward over reverse, which simulated ranks cannot run: on one rank of a world that does nothing."""
 
-    block, before = Block(), {id(graph) for graph in rewritten_graphs()}
+    block, known = Block(), known_graphs()
 
     def curvature(x: Tensor) -> Tensor:
         y = block(x)
@@ -360,7 +370,7 @@ def test_derivatives_inside_a_graph_compile() -> None:
         call = torch.compile(curvature, backend=partial(sp_backend, options={"inner_backend": "eager"}))
         assert call(torch.randn(1, 8, 12)).shape == (1, 8, 12)
     torch._dynamo.reset()
-    (graph,) = (graph for graph in rewritten_graphs() if id(graph) not in before)
+    (graph,) = rewritten_since(known)
     assert [site.strategy for site in graph.plan.sites] == ["ulysses"]
 
 

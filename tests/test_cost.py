@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sp_compile import rewritten_graphs
 from sp_compile.cost import contraction_flops, flops, peak_activation_bytes, planned_flops
 from sp_compile.debug import unsharded_graphs
 from sp_compile.graph import GraphRules
 
-from .equivalence import run_simulated, tokens
+from .equivalence import known_graphs, rewritten_since, run_simulated, tokens
 from .test_passes import Block
 
 LENGTH, WIDTH, ITEM = 16, 4, 8
@@ -195,11 +194,10 @@ class NotCaptured(Scaled):
 
 @pytest.mark.parametrize(("module", "captured"), [(Scaled, True), (NotCaptured, False)])
 def test_unsharded_graphs_say_why(module: type[nn.Module], captured: bool) -> None:
-    rewritten = len(rewritten_graphs())
-    known = {each.name for each in unsharded_graphs()}
+    known = known_graphs()
     run_simulated(module().double(), (tokens(1, 1, 12),))  # one token
     (found,) = [each for each in unsharded_graphs() if each.name not in known]
-    assert len(rewritten_graphs()) == rewritten
+    assert not rewritten_since(known)
     if captured:
         assert found.plan is not None and not found.plan.shards
         assert planned_flops(GraphRules(found.graph_module.graph), found.plan).coverage == 0

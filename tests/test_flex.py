@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from sp_compile import FallbackError, rewritten_graphs, sp_backend
 from sp_compile.simulation import simulate
 
-from .equivalence import assert_equivalent, collectives, differences, run_simulated, step
+from .equivalence import assert_equivalent, collectives, differences, known_graphs, rewritten_since, run_simulated, step
 from .gloo_pool import GlooPool
 from .programs import Parts, moved
 
@@ -279,14 +279,14 @@ def test_one_graph_serves_all_lengths() -> None:
 
     alone, module = Parts(body), Parts(body)
     module.load_state_dict(alone.state_dict())
-    before = {id(graph) for graph in rewritten_graphs()}
+    known = known_graphs()
     inputs = [tokens(1, length, 12) for length in (13, 7, 16, 5)]
     expected = [step(alone, alone, [x], {}) for x in inputs]
     with simulate(2):
         compiled = torch.compile(module, backend=partial(sp_backend, options={"inner_backend": "eager"}), dynamic=True)
         for x, alike in zip(inputs, expected, strict=True):
             assert max(differences(alike, step(compiled, module, [x], {}), 2).values()) < 1e-9, x.shape
-    assert len([graph for graph in rewritten_graphs() if id(graph) not in before]) == 1
+    assert len(rewritten_since(known)) == 1
 
 
 def on_gloo(inner: str, name: str, grad: bool) -> dict[str, float]:

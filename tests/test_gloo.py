@@ -32,6 +32,7 @@ from sp_compile import (
 )
 from sp_compile.debug import unsharded_graphs
 
+from .equivalence import known_graphs, rewritten_since
 from .gloo_pool import GlooPool
 from .models import MODELS, inputs_of
 from .mutants import MUTANTS
@@ -214,13 +215,13 @@ def test_autocast(gloo2: GlooPool, dtype: torch.dtype, outside: bool) -> None:
 def in_inference_mode(inner: str, weaken: str = "") -> tuple[float, list[int]]:
     """The error of the output, and how many attention sites each rewritten graph has."""
     model, x = Block(3), torch.randn(1, 7, 12)
-    known = {graph.name for graph in rewritten_graphs()}
+    known = known_graphs()
     compiled = torch.compile(model, backend=partial(sp_backend, options={"inner_backend": inner}))
     with torch.inference_mode(), MUTANTS[weaken]() if weaken else nullcontext():
         out = compiled(x)
         error = float((out - model(x)).abs().max())
     assert out.is_inference()
-    return error, [len(graph.plan.sites) for graph in rewritten_graphs() if graph.name not in known]
+    return error, [len(graph.plan.sites) for graph in rewritten_since(known)]
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
@@ -294,7 +295,7 @@ class Measured(nn.Module):
 
 
 def with_a_length_read_from_a_tensor(inner: str) -> tuple[float, int]:
-    alone, before = Measured(), len(rewritten_graphs())
+    alone, known = Measured(), known_graphs()
     model, x = copy.deepcopy(alone), torch.randn(1, 7, 12)
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
         got = torch.compile(model, backend=partial(sp_backend, options={"inner_backend": inner}))(x)
@@ -302,7 +303,7 @@ def with_a_length_read_from_a_tensor(inner: str) -> tuple[float, int]:
     expected.square().sum().backward()
     got.square().sum().backward()
     error = float((got - expected).detach().abs().max())
-    return max(error, *gradient_errors(alone, model).values()), len(rewritten_graphs()) - before
+    return max(error, *gradient_errors(alone, model).values()), len(rewritten_since(known))
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])

@@ -21,7 +21,7 @@ from sp_compile import RewrittenGraph, rewritten_graphs, sp_backend
 from sp_compile.debug import unsharded_graphs
 from sp_compile.simulation import simulate
 
-from .equivalence import assert_equivalent, compared, differences, step
+from .equivalence import assert_equivalent, compared, differences, known_graphs, step
 from .mutants import MUTANTS
 from .programs import PROGRAMS, Parts, Program, moved, wasted
 
@@ -110,10 +110,10 @@ def joint_streams(m: Parts, x: Tensor) -> Any:
     ],
 )
 def test_one_graph_serves_all_lengths(body: Callable[..., Any], parts: int) -> None:
-    before = {graph.name for graph in (*rewritten_graphs(), *unsharded_graphs())}
+    known = known_graphs()
     for length, errors in errors_of_lengths(body, parts, (13, 7, 16, 5, 3, 29, 40, 12, 6, 2)):
         assert max(errors.values()) < 1e-9, length
-    (graph,) = (graph for graph in (*rewritten_graphs(), *unsharded_graphs()) if graph.name not in before)
+    (graph,) = (graph for graph in (*rewritten_graphs(), *unsharded_graphs()) if graph.name not in known)
     assert isinstance(graph, RewrittenGraph)
 
 

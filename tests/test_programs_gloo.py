@@ -10,9 +10,9 @@ from functools import partial
 import pytest
 import torch
 
-from sp_compile import rewritten_graphs, sp_backend
+from sp_compile import sp_backend
 
-from .equivalence import differences, step
+from .equivalence import differences, known_graphs, rewritten_since, step
 from .gloo_pool import GlooPool
 from .mutants import MUTANTS
 from .programs import PROGRAMS, Program
@@ -36,13 +36,13 @@ def beside_one_device(names: Sequence[str], inner: str, mutant: str = "") -> dic
         torch._dynamo.reset()
         torch.manual_seed(0)
         alone, inputs = case.module(), case.inputs()
-        model, own, before = copy.deepcopy(alone), copy.deepcopy(inputs), len(rewritten_graphs())
+        model, own, known = copy.deepcopy(alone), copy.deepcopy(inputs), known_graphs()
         options = {"inner_backend": inner, "attention": case.attention}
         expected = step(alone, alone, inputs, {})
         with MUTANTS[mutant]() if mutant else nullcontext():
             call = torch.compile(model, backend=partial(sp_backend, options=options), dynamic=case.dynamic)
             got = step(call, model, own, {})
-        found[case.name] = max(differences(expected, got, 1).values()), len(rewritten_graphs()) - before
+        found[case.name] = max(differences(expected, got, 1).values()), len(rewritten_since(known))
     return found
 
 

@@ -20,7 +20,7 @@ from sp_compile.comparison import copied
 from sp_compile.debug import unsharded_graphs
 from sp_compile.simulation import simulate
 
-from .equivalence import assert_equivalent, compared, differences, step, tokens
+from .equivalence import assert_equivalent, compared, differences, known_graphs, rewritten_since, step, tokens
 from .mutants import MUTANTS
 from .programs import Parts
 
@@ -75,7 +75,7 @@ def either_way(m: Parts, x: Tensor) -> Any:
 
 
 def test_both_branches_of_one_compiled_model() -> None:
-    alone, before = Parts(either_way), {id(graph) for graph in rewritten_graphs()}
+    alone, known = Parts(either_way), known_graphs()
     module = copy.deepcopy(alone)
     with simulate(3):
         call = compiled(module)
@@ -84,7 +84,7 @@ def test_both_branches_of_one_compiled_model() -> None:
             assert (alone.block(x).mean() > 0) == (shift > 0)
             errors = differences(step(alone, alone, [x], {}), step(call, module, [x], {}), 3)
             assert max(errors.values()) < 1e-9, (shift, errors)
-    graphs = [graph for graph in rewritten_graphs() if id(graph) not in before]
+    graphs = rewritten_since(known)
     assert len(graphs) >= 3 and all(len(graph.plan.sites) == 1 for graph in graphs)
 
 
@@ -287,7 +287,7 @@ def summed_loss(m: Parts, x: Tensor, target: Tensor) -> Any:
 
 def test_an_empty_batch_among_others() -> None:
     """A batch of 0 gets a graph of its own, with nothing to shard; of the others, one serves all."""
-    alone, before = Parts(summed_loss), len(rewritten_graphs())
+    alone, known = Parts(summed_loss), known_graphs()
     module = copy.deepcopy(alone)
     with simulate(3):
         call = compiled(module, dynamic=True)
@@ -295,7 +295,7 @@ def test_an_empty_batch_among_others() -> None:
             inputs = tokens(batch, 13, 12), torch.randint(0, 17, (batch, 13))
             errors = differences(step(alone, alone, inputs, {}), step(call, module, inputs, {}), 3)
             assert max(errors.values()) < 1e-9 and "grad head.weight" in errors, (batch, errors)
-    assert len(rewritten_graphs()) == before + 1 and unsharded_graphs()[-1].reason == "nothing to shard"
+    assert len(rewritten_since(known)) == 1 and unsharded_graphs()[-1].reason == "nothing to shard"
 
 
 # Planted wrongs
