@@ -28,7 +28,7 @@ from sp_compile.borrowers import join_borrowers
 from sp_compile.graph import GraphRules, op_of, source_of
 from sp_compile.homes import Vote, choose_homes, homes_of_mixed
 from sp_compile.links import DEFAULT_LINKS, Links
-from sp_compile.plan import AttentionSite, Fallback, NodePlan, ShardingPlan, SiteOperand, SitePlan
+from sp_compile.plan import NO_RULE, AttentionSite, Fallback, NodePlan, ShardingPlan, SiteOperand, SitePlan
 from sp_compile.rule import OpSharding, OpShardingRule
 from sp_compile.rules import has_rule
 from sp_compile.sharding import (
@@ -265,7 +265,7 @@ class _Planner(PlannedSoFar):
         if self.rules.sized_by_data(node):
             return "a size is read from a tensor"
         op = op_of(node)
-        return "its rule is not for such arguments or sizes" if op and has_rule(op) else "it has no sharding rule"
+        return "its rule is not for such arguments or sizes" if op and has_rule(op) else NO_RULE
 
     def _begin(self, node: fx.Node, rule: OpShardingRule, placements: Sequence[Placement]) -> NodePlan | None:
         """Whole operands, but the result is marked: this is where the sequence is cut; weights, where they meet it."""

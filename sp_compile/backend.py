@@ -407,8 +407,7 @@ def _report(fallbacks: Sequence[Fallback], strict: bool) -> None:
     for fallback in fallbacks:
         text = f"{fallback.node.target} runs on gathered values: {fallback.reason} ({user_line(fallback.node)})"
         if strict:
-            unknown = "no sharding rule" in fallback.reason and fallback.node.op != "call_module"
-            rule = "give it a rule with register_sharding_rule, " if unknown else ""
+            rule = "give it a rule with register_sharding_rule, " if fallback.takes_a_rule else ""
             raise FallbackError(f"{text}; {rule}opt it out with replicated_region(), or compile without strict=True")
         log.warning("%s", text)
 

@@ -475,7 +475,7 @@ def _fallback(fallback: Fallback, plan: ShardingPlan) -> WholeOp:
     whole = own is None or own.sharding is None
     if node.op == "call_module":
         remedy = "move it out of the compiled model, or say that it is meant to run whole: replicated_region()"
-    elif "no sharding rule" in fallback.reason:
+    elif fallback.takes_a_rule:
         remedy = f"give it a rule, register_sharding_rule({node.target}, ...), or opt it out with replicated_region()"
     else:
         remedy = "apply it along another dimension than the sequence, or opt it out with replicated_region()"

@@ -73,6 +73,9 @@ class SitePlan:
     """The values that are brought to the site for q, k and v: K and V as they were before a repetition of heads."""
 
 
+NO_RULE = "it has no sharding rule"
+
+
 @dataclass(frozen=True)
 class Fallback:
     """An op that ran on gathered values because nothing better was known."""
@@ -81,6 +84,11 @@ class Fallback:
     reason: str
     bytes: int
     """What each rank receives for it, in one forward."""
+
+    @property
+    def takes_a_rule(self) -> bool:
+        """Whether `register_sharding_rule` would help: not an opaque part, nor an op whose rule refuses the call."""
+        return self.reason == NO_RULE and self.node.op != "call_module"
 
 
 @dataclass(frozen=True)

@@ -287,7 +287,7 @@ class SitePlanner:
     def _split_above(self, value: fx.Node, dim: int) -> Layout | None:
         """The layout of the heads in a dimension that was made by merging batch and heads, `(b h)`."""
         rule = self.rules.rule(value)
-        while rule is not None and len(rule.results) == 1:
+        while rule is not None and rule.operands and len(rule.results) == 1:
             factors = rule.results[0][dim]
             if not isinstance(factors, tuple) or not factors:
                 return None

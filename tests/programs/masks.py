@@ -254,6 +254,32 @@ def positions_counted_by_gates(m: Parts, x: Tensor) -> Any:
     return m.o(m.join((scores + bias).masked_fill(future, -torch.inf).softmax(-1) @ v))
 
 
+@program((2, 13, 12), parts=2)
+def queries_written_into_constants(m: Parts, x: Tensor) -> Any:
+    """What a query is made of need not be an activation: zeros that rows are written to, ones that scale them."""
+    y = m.block(x)
+    shifted = torch.zeros(2, 13, 12, dtype=x.dtype)
+    shifted[:, 1:] = y[:, :-1]
+    pairs = torch.ones(2, 13, 13, dtype=x.dtype)
+    mixed = torch.full((13, 13), 0.5, dtype=x.dtype).softmax(-1) @ y
+    return m.block(shifted) * m.w, mixed + (pairs * y[..., :1]).sum(1)[..., None]
+
+
+@program((2, 7, 12), (2, 11, 12), dynamic=True, moves={"all_to_all": 4, "gather_output": 1})
+def causal_mask_behind_a_cache(m: Parts, x: Tensor, past: Tensor) -> Any:
+    """The diagonal is a length that is known when the graph runs."""
+    kept = torch.ones(x.shape[1], past.shape[1], dtype=torch.bool).tril(past.shape[1] - x.shape[1])
+    return m.attend(x, past, attn_mask=kept)
+
+
+@program((1, 13, 12), moves={"all_to_all": 4, "gather_seq": 2, "all_reduce": 1, "gather_output": 1})
+def triangles_of_what_is_not_finite(m: Parts, x: Tensor) -> Any:
+    """What a triangle cuts off is 0, whatever it was, and so is its gradient."""
+    y = m.block(x)
+    scores = (y @ y.mT).masked_fill(torch.eye(13, dtype=torch.bool).roll(1, 0), torch.inf)
+    return scores.triu(1).tril(3).nan_to_num(0, 0, 0) @ y, scores.tril(-9).sum()
+
+
 # Masks that are given
 
 
