@@ -132,10 +132,8 @@ def _sums_features(node: fx.Node, rule: OpShardingRule, lengths: Iterable[str], 
 
     Linear attention sums rows first, and keeps chunks of rows where it has products of a query and a key.
     """
-    known, kept = features.of(node), all_factors(rule.results[:1])
-    batch = set(factors_of(rule.results[0][0]))
-    rest = (all_factors(rule.operands) | kept) - batch - set(lengths)
-    return rest <= known and known.isdisjoint(lengths)
+    known, batch = features.of(node), factors_of(rule.results[0][0])
+    return all_factors(rule.operands).difference(batch, lengths) <= known and known.isdisjoint(lengths)
 
 
 def _is_summed_elsewhere(value: SiteOperand, rules: GraphRules) -> bool:
