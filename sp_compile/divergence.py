@@ -26,6 +26,7 @@ from .errors import user_line
 from .exchange import GatherExchange
 from .graph import source_of
 from .sharding import GroupedHeads, Layout, Placement, Replicated, Segment, Sharded, Size, local_shape, whole_layout
+from .simulation import bare
 
 aten = torch.ops.aten
 _UNDEFINED = (aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided)
@@ -96,10 +97,12 @@ class Recorder:
         self.calls: list[Call] = []
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        ranks = bare(module, inputs)
+
         def run(*args: Any) -> Any:
             call = Call(module, tuple(_kept(each) for each in args), torch.is_grad_enabled())
             self.calls.append(call)
-            outputs = module(*args)
+            outputs = ranks(*args)
             for at, output in enumerate(outputs):
                 if isinstance(output, Tensor) and output.requires_grad and not output.is_leaf:
                     output.register_hook(partial(_keep_sum, call.cotangents, at))

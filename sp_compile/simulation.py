@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, fx
 from torch._C import DispatchKey
 from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -46,6 +46,19 @@ def simulate(world_size: int, sequence_parallel_size: int | None = None) -> Iter
         with _Ranks(world_size) as mode, _flex_attention_on_each_rank():
             yield mode
     torch._dynamo.reset()
+
+
+def bare(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., tuple[Any, ...]]:
+    """An inner backend that runs the graph as it is, on simulated ranks.
+
+    What it gives is no view of what the ranks have: behind a graph break Dynamo replays how a view of a subclass was
+    made, and raises if a dimension of size 1 gets another stride, as that of a batch of 1.
+    """
+
+    def run(*args: Any) -> tuple[Any, ...]:
+        return tuple(each.clone() if isinstance(each, LocalTensor) and each._is_view() else each for each in gm(*args))
+
+    return run
 
 
 class _Ranks(LocalTensorMode):

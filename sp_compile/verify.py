@@ -25,7 +25,7 @@ from .config import SequenceParallelConfig
 from .debug import RewrittenGraph, UnshardedGraph, rewritten_graphs, unsharded_graphs
 from .divergence import Divergence, Recorder, first_divergence
 from .errors import ConfigurationError, FallbackError, VerificationError
-from .simulation import simulate
+from .simulation import bare, simulate
 
 UNSEEN = (
     "deadlocks: the ranks run one after the other, and none waits",
@@ -242,7 +242,7 @@ def _settings(sp_size: int, options: Mapping[str, object] | None) -> dict[str, o
         if given.get(name, kept) != kept:
             raise ConfigurationError(f"verify compares what every rank has whole: leave out the option {name!r}")
     given.pop("group", None)
-    return {**given, "rng": "exact", "inner_backend": "eager"}
+    return {**given, "rng": "exact", "inner_backend": bare}
 
 
 class _Dtypes(TorchDispatchMode):

@@ -1,14 +1,15 @@
 """Every architecture that Hugging Face has for a task, once: `python -m tests.sweep [task] [--parts P] [model ...]`.
 
 Far more than the zoo, and nobody chose the models. Each is made tiny, as far as its configuration has the usual names,
-and takes one step of 67 tokens, the last of them masked: on every simulated rank outputs, loss and all gradients have
-to be those of one device. What one device does not run so, or has too many parameters, is left out, and told. Exits
-with an error if a model is wrong, or fails on ranks alone.
+and takes one step, of 67 tokens with the last of them masked where it reads text. `verify` compares: on every simulated
+rank outputs, loss, buffers and all gradients have to be those of one device. What one device does not run so, or has
+too many parameters, is left out, and told. Exits with an error if a model is wrong, or fails on ranks alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import inspect
 import logging
 import signal
@@ -27,16 +28,21 @@ from torch import nn
 from tqdm import tqdm
 from transformers.models.auto import configuration_auto, modeling_auto
 
-from .equivalence import Step, differences, run_simulated, step
-from .zoo import OPTIONS, configured, random, tokens
+from sp_compile import VerificationError, rewritten_graphs, verify
+
+from .zoo import configured, random, tokens
 
 TASKS: Mapping[str, Mapping[str, Any]] = {
     "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "masked": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "image": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "segmentation": modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
+    "video": modeling_auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES,
+    "speech": modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES,
 }
-LENGTH, MASKED, SIDE = 67, 7, 48
+LENGTH, MASKED, SIDE, FRAMES, SAMPLES = 67, 7, 72, 6, 4000
 LARGEST, SECONDS = 30_000_000, 150
 TOLERANCE = 1e-4
 """Of the largest value: some compute in fp32 whatever their dtype is, and take differences there."""
@@ -47,13 +53,15 @@ SMALL: Mapping[str, Any] = {
     **{"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
     **{"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256},
-    **{"image_size": SIDE, "patch_size": 8, "num_labels": 2},
+    **{"image_size": SIDE, "crop_size": SIDE, "patch_size": 8, "num_frames": FRAMES, "num_labels": 2},
+    **{"mask_time_prob": 0.0, "apply_spec_augment": False},
 }
 HEADS = ("num_key_value_heads", "head_dim")
 WAYS: tuple[tuple[str, torch.dtype, tuple[str, ...]], ...] = (
     ("sdpa", torch.float64, ()),
     ("eager", torch.float64, ()),
     ("sdpa", torch.float64, HEADS),
+    ("sdpa", torch.float64, ("patch_size", "num_frames")),
     ("sdpa", torch.float32, ()),
     ("sdpa", torch.float32, HEADS),
     ("eager", torch.float32, (*EXPERTS, *HEADS)),
@@ -76,11 +84,21 @@ class Outcome:
     told: str = ""
 
 
-def inputs_of(task: str, dtype: torch.dtype) -> dict[str, Any]:
-    if task == "image":
-        return {"pixel_values": random(1, 3, SIDE, SIDE).to(dtype), "labels": torch.tensor([1])}
+def inputs_of(task: str, model: nn.Module) -> dict[str, Any]:
+    name = model.main_input_name
+    if name in ("input_values", "input_features"):
+        config = model.config
+        bins = getattr(config, "num_mel_bins", None) or getattr(config, "feature_projection_input_dim", None)
+        wave = random(1, SAMPLES) if name == "input_values" else random(1, LENGTH, bins)
+        return {name: wave.to(model.dtype), "labels": tokens(4)}
+    if task in ("image", "segmentation", "video"):
+        labels = torch.arange(2 * SIDE**2).view(2, SIDE, SIDE) % 2 if task == "segmentation" else torch.tensor([0, 1])
+        frames = (getattr(model.config, "num_frames", FRAMES),) if task == "video" else ()
+        side = getattr(model.config, "image_size", SIDE) if task == "video" else SIDE
+        return {name: random(2, *frames, 3, side, side).to(model.dtype), "labels": labels}
     ids, mask, labels = tokens(LENGTH), torch.ones(1, LENGTH, dtype=torch.long), tokens(LENGTH)
     mask[:, -MASKED:], labels[:, [1, *range(LENGTH - MASKED, LENGTH)]] = 0, -100
+    labels = torch.tensor([1]) if task == "classification" else labels
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
@@ -100,14 +118,15 @@ def build(task: str, name: str, way: int) -> nn.Module:
     return model
 
 
-def on_one_device(task: str, name: str) -> tuple[int, Step]:
-    """The first way in which a model runs, and its step."""
+def prepared(task: str, name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A model in the first way in which one device runs it, and its inputs."""
     told = ""
-    for way, (_, dtype, _) in enumerate(WAYS):
+    for way in range(len(WAYS)):
         try:
             model = build(task, name, way)
-            torch.manual_seed(1)
-            return way, step(model, model, (), inputs_of(task, dtype))
+            inputs = inputs_of(task, model)
+            copy.deepcopy(model)(**inputs)
+            return model, inputs
         except Unsuitable:
             raise
         except Exception as error:  # whatever its configuration, or the model, objects to
@@ -117,21 +136,22 @@ def on_one_device(task: str, name: str) -> tuple[int, Step]:
 
 def outcome(task: str, name: str, parts: int) -> Outcome:
     try:
-        way, expected = on_one_device(task, name)
+        model, inputs = prepared(task, name)
     except Unsuitable as error:
         return Outcome(name, "left out", str(error))
     try:
-        model, inputs = build(task, name, way), inputs_of(task, WAYS[way][1])
-        torch.manual_seed(1)
-        got, graphs = run_simulated(model, (), inputs, parts, OPTIONS)
-    except Exception as error:
-        return Outcome(name, "fails", f"{type(error).__name__}: {error}".splitlines()[0])
-    errors = differences(expected, got, parts)
-    worst = max(errors, key=lambda which: float("inf") if errors[which] != errors[which] else errors[which])
-    whole = Counter(str(each.node.target) for graph in graphs for each in graph.plan.fallbacks)
+        found = verify(model, **inputs, sp_size=parts, tolerance=TOLERANCE)
+    except VerificationError as error:
+        return Outcome(name, "wrong" if error.verification else "fails", str(error).splitlines()[0])
+    whole = Counter(
+        str(each.node.target)
+        for graph in rewritten_graphs()
+        if graph.name in found.graphs
+        for each in graph.plan.fallbacks
+    )
+    worst = max(found.errors, key=lambda which: max(found.errors[which]) * (which not in found.rounding))
     ran = ", ".join(f"{op} {count} times" for op, count in whole.items()) or "nothing"
-    told = f"{errors[worst]:.0e} ({worst}); whole: {ran}"
-    return Outcome(name, "right" if errors[worst] <= TOLERANCE else "wrong", told)
+    return Outcome(name, "right", f"{max(found.errors[worst]):.0e} ({worst}); whole: {ran}")
 
 
 @contextmanager

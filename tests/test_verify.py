@@ -200,6 +200,17 @@ def test_a_graph_that_breaks_and_one_that_runs_twice() -> None:
     assert len(verify(Parts(body), tokens(), sp_size=2).graphs) == 2
 
 
+def test_a_view_of_simulated_ranks_enters_the_next_graph() -> None:
+    """Of a batch of 1, whose stride Dynamo does not find again as it replays the view."""
+
+    def body(m: Parts, x: Tensor) -> Tensor:
+        x = m.norm(m.attend(x, x))
+        torch._dynamo.graph_break()
+        return m.attend(x, x)
+
+    assert len(verify(Parts(body), tokens(1, 12, 12), sp_size=3).graphs) == 2
+
+
 # Wrong rules
 
 

@@ -9,7 +9,7 @@ them ran sharded.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from sp_compile import RewrittenGraph
 
@@ -63,26 +63,11 @@ def build(model: Model, attention: str, length: int) -> nn.Module:
     return model.make(attention, length).to(model.dtype).train()
 
 
-def no_views(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """An inner backend that runs the graph as it is, and copies outputs that are views.
-
-    Dynamo cannot take a view of simulated ranks into the next graph, behind a graph break.
-    """
-
-    def run(*args: Any) -> list[Any]:
-        return [each.clone() if isinstance(each, Tensor) and each._is_view() else each for each in gm(*args)]
-
-    return run
-
-
-OPTIONS: Mapping[str, Any] = {"inner_backend": no_views}
-
-
 def run_on_ranks(model: Model, module: nn.Module, length: int, parts: int) -> tuple[Step, list[RewrittenGraph]]:
     """One step of `module` on simulated ranks, under the settings of its model."""
     torch.manual_seed(1)
     with torch._dynamo.config.patch(**model.dynamo):
-        return run_simulated(module, (), model.inputs(length), parts, OPTIONS)
+        return run_simulated(module, (), model.inputs(length), parts)
 
 
 def random(*shape: int) -> Tensor:
@@ -116,10 +101,12 @@ OFF = ("dropout", "pdrop", "layerdrop", "drop_path")
 
 
 def configured(config: type, attention: str, **own: Any) -> Any:
-    """A tiny configuration: the sizes that it knows, no dropout, and `own`."""
-    known = set(inspect.signature(config.__init__).parameters) - {"classifier_dropout"}
+    """A tiny configuration: the sizes that it knows and has one of, no dropout, and `own`."""
+    parameters = inspect.signature(config.__init__).parameters
+    known = {name for name, each in parameters.items() if not isinstance(each.default, (list, tuple))}
+    known -= {"classifier_dropout"}
     sizes = {name: value for name, value in SIZES.items() if name in known}
-    silent = {name: 0.0 for name in known if any(word in name for word in OFF)}
+    silent = {name: 0.0 for name in known if any(word in name for word in OFF) and parameters[name].default != 0}
     return config(**{**sizes, **silent, "attn_implementation": attention, **own})
 
 
