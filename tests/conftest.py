@@ -12,7 +12,11 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 import pytest
 import torch
 
-from tests.gloo_pool import GlooPool
+from tests.gloo_pool import GlooPool, collect_rarely
+
+
+def pytest_collection_finish() -> None:
+    collect_rarely()
 
 
 @pytest.fixture(autouse=True)
