@@ -21,6 +21,7 @@ __all__ = [
     "collectives",
     "compared",
     "differences",
+    "gradient_errors",
     "known_graphs",
     "rewritten_since",
     "run_simulated",
@@ -89,6 +90,18 @@ def assert_equivalent(
         raise AssertionError(f"P={parts}: {wrong}\n{found}")
     assert graphs or not must_shard, "nothing was sharded"
     return graphs
+
+
+def gradient_errors(expected: nn.Module, got: nn.Module) -> dict[str, float]:
+    """The largest difference of each gradient, relative to the largest gradient norm; inf: one is None."""
+    norm = max(float(p.grad.norm()) for p in expected.parameters() if p.grad is not None)
+    errors = {}
+    for (name, one), other in zip(expected.named_parameters(), got.parameters(), strict=True):
+        if one.grad is None or other.grad is None:
+            errors[name] = 0.0 if one.grad is other.grad else float("inf")
+        else:
+            errors[name] = float((one.grad - other.grad).abs().max()) / norm
+    return errors
 
 
 def known_graphs() -> set[str]:

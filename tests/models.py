@@ -75,3 +75,8 @@ def inputs_of(name: str, length: int, dtype: torch.dtype = torch.float32, batch:
     labels = ids.clone()
     labels[:, 1] = -100
     return {"input_ids": ids, "labels": labels}
+
+
+def seeded(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS[name]()

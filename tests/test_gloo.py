@@ -5,58 +5,25 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-import os
 from collections.abc import Mapping
-from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.utils import counters
-from torch._higher_order_ops.scan import scan
 from torch.utils.checkpoint import checkpoint
 
-from sp_compile import (
-    destroy_sequence_parallel,
-    get_data_parallel_group,
-    get_sequence_parallel_rank,
-    init_sequence_parallel,
-    replicated_region,
-    rewritten_graphs,
-    sp_backend,
-)
+from sp_compile import get_sequence_parallel_rank, rewritten_graphs, sp_backend
 from sp_compile.debug import unsharded_graphs
 
-from .equivalence import known_graphs, rewritten_since
+from .equivalence import gradient_errors, known_graphs, rewritten_since
 from .gloo_pool import GlooPool
-from .models import MODELS, inputs_of
-from .mutants import MUTANTS
+from .models import MODELS, inputs_of, seeded
 from .slow_transport import exchanged
 from .test_passes import Block
 
 pytestmark = pytest.mark.slow
-
-
-def seeded(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    return MODELS[name]()
-
-
-def gradient_errors(expected: nn.Module, got: nn.Module) -> dict[str, float]:
-    """The largest difference of each gradient, relative to the largest gradient norm; inf: one is None."""
-    norm = max(float(p.grad.norm()) for p in expected.parameters() if p.grad is not None)
-    errors = {}
-    for (name, one), other in zip(expected.named_parameters(), got.parameters(), strict=True):
-        if one.grad is None or other.grad is None:
-            errors[name] = 0.0 if one.grad is other.grad else float("inf")
-        else:
-            errors[name] = float((one.grad - other.grad).abs().max()) / norm
-    return errors
 
 
 def train(name: str, length: int, keywords: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,154 +57,6 @@ def test_models_train_with_inductor(gloo2: GlooPool, name: str) -> None:
 def test_models_train_without_a_cache(gloo2: GlooPool, name: str) -> None:
     for errors in gloo2.run(train, name, 32, {"use_cache": False}, {"inner_backend": "aot_eager"}):
         assert errors["loss"] <= 2e-5 and errors["logits"] <= 2e-5 and errors["gradients"] <= 2e-4, errors
-
-
-def checkpointed(inner: str) -> float:
-    """How far the gradient of a checkpointed dropout is from the mask that its output shows."""
-
-    class Checkpointed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block, self.scale = Block(), nn.Parameter(torch.rand(12) + 1)
-
-        def dropped(self, x: Tensor) -> Tensor:
-            return nn.functional.dropout(self.block(x).detach() * self.scale, 0.5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = checkpoint(self.dropped, x, use_reentrant=False)
-            return out
-
-    torch.manual_seed(0)
-    model = Checkpointed()
-    compiled = torch.compile(model, backend=partial(sp_backend, options={"inner_backend": inner}))
-    out = compiled(torch.randn(1, 7, 12))
-    out.sum().backward()
-    assert model.scale.grad is not None
-    return float((model.scale.grad - (out / model.scale).sum((0, 1))).detach().abs().max())
-
-
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-def test_a_checkpointed_dropout_is_recomputed_alike(gloo2: GlooPool, inner: str) -> None:
-    assert max(gloo2.run(checkpointed, inner)) < 1e-4
-
-
-class Scaled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(x, scale)
-        return x * scale
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        x, scale = ctx.saved_tensors
-        return gradients[0] * scale * 3, (gradients[0] * x).sum((0, 1)) * 5
-
-
-class Opaque(nn.Module):
-    """Higher-order operators between blocks, which simulated ranks do not run; one in a checkpoint, one opted out."""
-
-    def __init__(self, scans: bool) -> None:
-        super().__init__()
-        self.first, self.second, self.third, self.scans = Block(), Block(3), Block(), scans
-        self.scale = nn.Parameter(torch.rand(12) + 1)
-
-    def forward(self, x: Tensor) -> Any:
-        y = checkpoint(lambda t: Scaled.apply(self.first(t), self.scale), x, use_reentrant=False)
-        y = torch.cond(y.sum() > 0, lambda t: t.sin() * self.scale, lambda t: t.cos() - self.scale, (y,))
-        last = y[:, -1]
-        if self.scans:
-            with replicated_region():
-                last, y = scan(lambda c, t: (c / 2 + t, (c + t).tanh() * self.scale), x.new_zeros(1, 12), y, dim=1)
-        y = torch.vmap(lambda row: row.cumsum(-1) * self.scale)(self.second(y))
-        return checkpoint(self.third, y, use_reentrant=True), last
-
-
-def with_opaque_parts(inner: str) -> tuple[float, int]:
-    alone = Opaque(scans=inner == "aot_eager")  # Inductor has no backward of scan, sharded or not
-    model = copy.deepcopy(alone)
-    x = torch.randn(1, 7, 12)
-    outputs = []
-    for call in (alone, torch.compile(model, backend=partial(sp_backend, options={"inner_backend": inner}))):
-        out, last = call(x.requires_grad_())
-        (out.square().sum() + (last * torch.arange(12)).sum()).backward()
-        outputs.append(torch.cat([out.flatten(), last.flatten(), cast(Tensor, x.grad).flatten()]).detach())
-        x.grad = None
-    error = float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max())
-    return max(error, *gradient_errors(alone, model).values()), len(rewritten_graphs()[-1].plan.sites)
-
-
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-def test_opaque_parts_run_whole_between_sharded_ones(gloo2: GlooPool, inner: str) -> None:
-    for error, sites in gloo2.run(with_opaque_parts, inner):
-        assert error < 1e-5 and sites == 3
-
-
-def in_autocast(dtype: torch.dtype, outside: bool) -> tuple[float, bool]:
-    """The largest error of outputs and gradients, relative, in half precision."""
-
-    class Cast(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block, self.head = Block(3), nn.Linear(12, 5)
-
-        def body(self, x: Tensor) -> Any:
-            y = self.block(x)
-            with torch.autocast("cpu", enabled=False):
-                z = y.float().logsumexp(-1)
-            return y, self.head(y).float().mean(1), z
-
-        def forward(self, x: Tensor) -> Any:
-            with torch.autocast("cpu", dtype, enabled=not outside or torch.is_autocast_enabled("cpu")):
-                return self.body(x)
-
-    alone = Cast()
-    model = copy.deepcopy(alone)
-    compiled = torch.compile(model, backend=partial(sp_backend, options={"inner_backend": "aot_eager"}))
-    x = torch.randn(1, 7, 12)
-    results = []
-    for call in (alone, compiled):
-        with torch.autocast("cpu", dtype, enabled=outside):
-            y, head, z = call(x)
-        (y.float().square().sum() + head.sum() + z.sum()).backward()
-        results.append((y, head, z))
-    same = all(a.dtype == b.dtype for a, b in zip(*results, strict=True))
-    errors = [float((a - b).detach().abs().max() / a.detach().abs().max()) for a, b in zip(*results, strict=True)]
-    return max(*errors, *gradient_errors(alone, model).values()), same
-
-
-@pytest.mark.parametrize("outside", [False, True], ids=["inside", "outside"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_autocast(gloo2: GlooPool, dtype: torch.dtype, outside: bool) -> None:
-    for error, same in gloo2.run(in_autocast, dtype, outside):
-        assert error < (5e-3 if dtype == torch.float16 else 4e-2) and same
-
-
-def in_inference_mode(inner: str, weaken: str = "") -> tuple[float, list[int]]:
-    """The error of the output, and how many attention sites each rewritten graph has."""
-    model, x = Block(3), torch.randn(1, 7, 12)
-    known = known_graphs()
-    compiled = torch.compile(model, backend=partial(sp_backend, options={"inner_backend": inner}))
-    with torch.inference_mode(), MUTANTS[weaken]() if weaken else nullcontext():
-        out = compiled(x)
-        error = float((out - model(x)).abs().max())
-    assert out.is_inference()
-    return error, [len(graph.plan.sites) for graph in rewritten_since(known)]
-
-
-@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
-def test_inference_mode(gloo2: GlooPool, inner: str) -> None:
-    for error, sites in gloo2.run(in_inference_mode, inner):
-        assert error < 1e-5 and sites == [1]
-
-
-def test_inference_mode_on_three_ranks(gloo3: GlooPool) -> None:
-    for error, sites in gloo3.run(in_inference_mode, "aot_eager"):
-        assert error < 1e-5 and sites == [1]
-
-
-def test_a_planted_wrong_is_noticed_on_real_ranks(gloo3: GlooPool) -> None:
-    for error, sites in gloo3.run(in_inference_mode, "aot_eager", "a rank's block off by one granule"):
-        assert error > 1e-2 and sites == [1]
 
 
 class Shifted(nn.Module):
@@ -312,170 +131,6 @@ def test_a_length_read_from_a_tensor_does_not_end_the_graph(gloo2: GlooPool, inn
         assert error < 1e-4 and graphs == 1
 
 
-def lowered_hashes() -> list[str]:
-    """The hash of each graph that AOTAutograd hands on, forward and backward: no `sp::` op is left in them."""
-    texts: list[str] = []
-
-    def compiler(gm: torch.fx.GraphModule, inputs: Any) -> Any:
-        text = gm.print_readable(print_output=False)
-        assert "torch.ops.sp." not in text and "_c10d_functional" in text
-        texts.append(text)
-        return gm.forward
-
-    model = Block(3, repeat="flag")
-    inner = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
-    compiled = torch.compile(model, backend=partial(sp_backend, options={"inner_backend": inner}))
-    compiled(torch.randn(1, 7, 12)).sum().backward()
-    return [hashlib.sha256(text.encode()).hexdigest() for text in texts]
-
-
-def test_all_ranks_lower_to_the_same_text(gloo3: GlooPool) -> None:
-    first, *others = gloo3.run(lowered_hashes)
-    assert len(first) == 2
-    assert all(other == first for other in others)
-
-
-def cached(folder: str) -> dict[str, Any]:
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-    counters.clear()
-    alone = Block(4, repeat="flag")
-    model = copy.deepcopy(alone)
-    x = torch.randn(1, 7, 12)
-    alone(x).square().sum().backward()
-    out = torch.compile(model, backend=sp_backend)(x)
-    out.square().sum().backward()
-    wrong = max(gradient_errors(alone, model).values()), float((out - alone(x)).detach().abs().max())
-    hits = counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd"]["autograd_cache_hit"]
-    return {"wrong": max(wrong), "hits": sum(hits)}
-
-
-def test_ranks_share_a_cache_folder_and_a_second_start_hits_it(tmp_path: Path) -> None:
-    for start in ("cold", "warm"):
-        pool = GlooPool(2)
-        try:
-            ranks = pool.run(cached, str(tmp_path))
-        finally:
-            pool.close()
-        assert all(rank["wrong"] < 1e-4 for rank in ranks), (start, ranks)
-    assert all(rank["hits"] > 0 for rank in ranks), ranks
-
-
-def forward(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
-    """The output, and how many graphs were rewritten for it."""
-    known = {graph.name for graph in rewritten_graphs()}
-    out = model(x).detach()
-    return out, len({graph.name for graph in rewritten_graphs()} - known)
-
-
-def with_changing_groups() -> list[tuple[float, int]]:
-    """One compiled model before, with, without and again with an SP group."""
-    model, x = Block(), torch.randn(1, 7, 12)
-    expected = model(x).detach()
-    compiled = torch.compile(model, backend=partial(sp_backend, options={"inner_backend": "eager"}))
-    destroy_sequence_parallel()
-    seen = [forward(compiled, x)]
-    init_sequence_parallel()
-    seen += [forward(compiled, x), forward(compiled, x)]
-    init_sequence_parallel(1)
-    seen.append(forward(compiled, x))
-    init_sequence_parallel(2)
-    seen.append(forward(compiled, x))
-    return [(float((out - expected).abs().max()), count) for out, count in seen]
-
-
-def test_a_changed_group_recompiles(gloo2: GlooPool) -> None:
-    for seen in gloo2.run(with_changing_groups):
-        assert all(error < 1e-5 for error, _ in seen)
-        assert [count > 0 for _, count in seen] == [False, True, False, False, True]
-
-
-def with_ddp() -> float:
-    """`param_grads="local"` under a DDP that averages over the SP ranks as well."""
-    alone = Block()
-    model = copy.deepcopy(alone)
-    x = torch.randn(1, 7, 12)
-    alone(x).square().mean().backward()
-    options = {"inner_backend": "aot_eager", "param_grads": "local"}
-    ddp = nn.parallel.DistributedDataParallel(torch.compile(model, backend=partial(sp_backend, options=options)))
-    ddp(x).square().mean().backward()
-    moved = str(rewritten_graphs()[-1])
-    assert "sp.scale_gradient" in moved and "sp.replicate" not in moved
-    return max(gradient_errors(alone, model).values())
-
-
-def test_local_gradients_under_ddp(gloo2: GlooPool) -> None:
-    assert max(gloo2.run(with_ddp)) < 1e-5
-
-
-class TwoBuckets(nn.Module):
-    """More than a megabyte of parameters in each half, which DDP makes two buckets of."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.up, self.down, self.second = Block(), nn.Linear(12, 22000), nn.Linear(22000, 12), Block(3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.second(self.down(self.up(self.first(x)).sin()))
-        return out
-
-
-def compiled_after_ddp() -> tuple[float, int, bool]:
-    """`torch.compile(DDP(model))`: Dynamo's DDP optimizer would cut it in two."""
-    alone = TwoBuckets()
-    model = copy.deepcopy(alone)
-    x = torch.randn(1, 7, 12)
-    alone(x).square().mean().backward()
-    known = {graph.name for graph in rewritten_graphs()}
-    ddp = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1)
-    torch.compile(ddp, backend=partial(sp_backend, options={"inner_backend": "aot_eager"}))(
-        x
-    ).square().mean().backward()
-    graphs = {graph.name for graph in rewritten_graphs()} - known
-    destroy_sequence_parallel()
-    return max(gradient_errors(alone, model).values()), len(graphs), bool(torch._dynamo.config.optimize_ddp)
-
-
-def test_ddp_around_the_model_does_not_cut_its_graph(gloo2: GlooPool) -> None:
-    for error, graphs, restored in gloo2.run(compiled_after_ddp):
-        assert error < 1e-5 and graphs == 1 and restored
-
-
-def compiled_after_ddp_with_a_group() -> str:
-    destroy_sequence_parallel()
-    ddp = nn.parallel.DistributedDataParallel(Block())
-    try:
-        torch.compile(ddp, backend="sp_compile", options={"group": dist.group.WORLD})(torch.randn(1, 7, 12))
-    except Exception as error:
-        return str(error)
-    return ""
-
-
-def test_ddp_that_would_cut_the_graph_is_refused(gloo2: GlooPool) -> None:
-    for error in gloo2.run(compiled_after_ddp_with_a_group):
-        assert "ConfigurationError" in error and "optimize_ddp = False" in error
-
-
-def with_data_parallel() -> float:
-    """Four ranks, two by two: gradients averaged over the data-parallel group only."""
-    init_sequence_parallel(1)
-    alone = Block()
-    model = copy.deepcopy(alone)
-    batches = torch.randn(2, 1, 7, 12)
-    for batch in batches:
-        (alone(batch).square().mean() / 2).backward()
-    compiled = torch.compile(model, backend=partial(sp_backend, options={"inner_backend": "eager"}))
-    compiled(batches[dist.get_rank()]).square().mean().backward()
-    for parameter in model.parameters():
-        assert parameter.grad is not None
-        dist.all_reduce(parameter.grad, group=get_data_parallel_group())
-        parameter.grad /= 2
-    return max(gradient_errors(alone, model).values())
-
-
-def test_a_group_of_one_is_plain_data_parallel(gloo2: GlooPool) -> None:
-    assert max(gloo2.run(with_data_parallel)) < 1e-5
-
-
 def with_shards(inner: str) -> tuple[list[int], float, float]:
     """Outputs that stay sharded: the local rows, and gradients of the sum of the local losses."""
     alone = Block(3)
@@ -494,31 +149,6 @@ def test_outputs_may_stay_sharded(gloo2: GlooPool) -> None:
     (first, *wrong0), (second, *wrong1) = gloo2.run(with_shards, "aot_eager")
     assert (first, second) == ([1, 4, 12], [1, 3, 12])
     assert max(*wrong0, *wrong1) < 1e-5
-
-
-def dropped_twice() -> tuple[bool, list[float]]:
-    """Inductor draws alike where values are replicated, and leaves the generator alike on every rank."""
-
-    class Dropped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block = Block()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.dropout(self.block(x), 0.5)
-
-    torch.manual_seed(0)
-    model = Dropped()
-    out = torch.compile(model, backend=sp_backend)(torch.randn(1, 8, 12))
-    out.sum().backward()
-    dropped = out == 0
-    return bool(torch.equal(dropped[:, :4], dropped[:, 4:])), torch.rand(3).tolist()
-
-
-def test_random_numbers_with_inductor(gloo2: GlooPool) -> None:
-    ranks = gloo2.run(dropped_twice)
-    assert not any(same for same, _ in ranks)
-    assert ranks[0][1] == ranks[1][1]
 
 
 def by_name() -> float:
