@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import reduce
+from operator import getitem
 from typing import Any
 
 import torch
@@ -36,6 +37,11 @@ _ASSERTS = (
     aten._assert_scalar.default,
     aten.sym_constrain_range.default,
     aten.sym_constrain_range_for_size.default,
+)
+_BATCH_NORMS = (
+    aten._native_batch_norm_legit_functional.default,
+    aten._native_batch_norm_legit.no_stats,
+    aten._native_batch_norm_legit_no_training.default,
 )
 _BY_MEMORY = (aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default)
 _FOURIER = (aten._fft_c2c.default, aten._fft_r2c.default, aten._fft_c2r.default)
@@ -125,6 +131,11 @@ def _rewrite(graph: Graph, traced: GraphModule, old: Node, env: dict[Node, Any],
         _drop_empty_operands(new)
     elif target in _FOURIER:
         return _transform_in_turn(graph, new)
+    elif target in _BATCH_NORMS and _may_be_misread(operand):
+        with graph.inserting_before(new):
+            new.args = (_emit(graph, old, aten.contiguous.default, new.args[0]), *new.args[1:])
+    elif target is getitem and operand.target in _BATCH_NORMS and _may_be_misread(operand.args[0]) and old.args[1] == 0:
+        return _emit(graph, old, aten.slice.Tensor, new, 0, 0, 1)  # whose gradient is contiguous
     elif target in _BY_MEMORY:
         new.args = (_in_memory_order(graph, new), *new.args[1:])
     elif target is aten.constant_pad_nd.default:
@@ -141,6 +152,14 @@ def _emit(graph: Graph, like: Node, target: OpOverload, *args: Any, **kwargs: An
         made = target(*pytree.tree_map_only(Node, lambda each: each.meta["val"], args), **kwargs)
     node.meta = {**like.meta, "val": made}
     return node
+
+
+def _may_be_misread(image: Any) -> bool:
+    """Whether the backward of batch norm may take one order in memory for another: on the CPU (torch 2.13), of an image
+    or a video by itself, whose strides, or those of its gradient, are those of channels_last but for the batch's. On
+    ranks they may be where on one device they are not."""
+    value = image.meta["val"]
+    return value.device.type == "cpu" and value.dim() in (4, 5) and bool(statically_known_true(value.shape[0] == 1))
 
 
 def _transform_in_turn(graph: Graph, whole: Node) -> Any:

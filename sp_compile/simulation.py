@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -51,14 +52,21 @@ def simulate(world_size: int, sequence_parallel_size: int | None = None) -> Iter
 def bare(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., tuple[Any, ...]]:
     """An inner backend that runs the graph as it is, on simulated ranks.
 
-    What it gives is no view of what the ranks have: behind a graph break Dynamo replays how a view of a subclass was
-    made, and raises if a dimension of size 1 gets another stride, as that of a batch of 1.
+    A view of what no other output or input shares is copied: behind a graph break Dynamo replays how a view of a
+    subclass was made, and raises if a dimension of size 1 gets another stride, as that of a batch of 1.
     """
 
     def run(*args: Any) -> tuple[Any, ...]:
-        return tuple(each.clone() if isinstance(each, LocalTensor) and each._is_view() else each for each in gm(*args))
+        outputs = gm(*args)
+        shared = Counter(map(_storage, (*args, *outputs)))
+        alone = [isinstance(each, LocalTensor) and each._is_view() and shared[_storage(each)] == 1 for each in outputs]
+        return tuple(each.clone() if copied else each for each, copied in zip(outputs, alone, strict=True))
 
     return run
+
+
+def _storage(value: Any) -> int | None:
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
 
 class _Ranks(LocalTensorMode):

@@ -8,16 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sp_compile import (
-    replicated_region,
-    sp_backend,
-)
+from sp_compile import replicated_region, sp_backend
 from sp_compile.comparison import on_rank
 from sp_compile.simulation import simulate
 
-from .equivalence import assert_equivalent, tokens
+from .equivalence import assert_equivalent, differences, run_simulated, step, tokens
 from .programs import Parts
 from .test_passes import Block
 
@@ -140,3 +138,53 @@ class ViewedBehind(nn.Module):
 
 def test_outputs_keep_their_memory_order() -> None:
     assert_equivalent(ViewedBehind().double(), (tokens(1, 7, 12),), parts=3)
+
+
+class Normed(nn.Module):
+    """An image, or a video, by itself between two attentions, with a norm over its pixels; `by_hand`: one written out.
+
+    The CPU's kernel for the gradient of such a norm may take channels_last for contiguous, by the strides of a batch of
+    1, on one device as well.
+    """
+
+    def __init__(self, norm: str, back: str, by_hand: bool = False) -> None:
+        super().__init__()
+        self.block, self.again, self.mix, self.out = Block(), Block(), nn.Conv2d(12, 12, 1), nn.Linear(12, 12)
+        self.weight, self.bias = nn.Parameter(torch.rand(12) + 1), nn.Parameter(torch.rand(12))
+        self.norm, self.back, self.by_hand = norm, back, by_hand
+        self.register_buffer("mean", torch.rand(12))
+        self.register_buffer("variance", torch.rand(12) + 1)
+
+    def normed(self, t: Tensor) -> Tensor:
+        if self.by_hand:
+            channels, pixels = [1, -1, *[1] * (t.dim() - 2)], list(range(2, t.dim()))
+            mean, variance = t.mean(pixels, True), t.var(pixels, keepdim=True, correction=0)
+            if self.norm == "evaluation":
+                mean, variance = self.mean.view(channels), self.variance.view(channels)
+            return (t - mean) / (variance + 1e-5).sqrt() * self.weight.view(channels) + self.bias.view(channels)
+        if self.norm == "instance":
+            return F.instance_norm(t, weight=self.weight, bias=self.bias)
+        return F.batch_norm(
+            t, self.mean, self.variance, self.weight, self.bias, self.norm != "evaluation", momentum=0.0
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.mix(self.block(x).mT.unflatten(2, (5, -1)))
+        t = t.unflatten(3, (1, -1)) if self.norm == "video" else t
+        x = self.normed(t).flatten(2).mT
+        if self.back == "attention":
+            return self.again(x)
+        return torch.cat([x.mean(1, keepdim=True), x], 1) if self.back == "cat" else self.out(x)
+
+
+@pytest.mark.parametrize("back", ["attention", "cat", "linear"])
+@pytest.mark.parametrize("norm", ["training", "evaluation", "instance", "video"])
+def test_norms_of_one_image_read_their_gradient_in_its_order(norm: str, back: str) -> None:
+    torch.manual_seed(0)
+    module = Normed(norm, back).double()
+    alone, x = Normed(norm, back, by_hand=True).double(), tokens(1, 25, 12)
+    alone.load_state_dict(module.state_dict())
+    expected = step(alone, alone, (x,), {})
+    for parts in (2, 4):
+        got, graphs = run_simulated(module, (x,), parts=parts)
+        assert graphs and max(differences(expected, got, parts).values()) < 1e-9
