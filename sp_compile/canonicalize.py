@@ -1,4 +1,5 @@
-"""A traced graph in one vocabulary: one reshape, Fourier transforms of one dimension, no asserts of what is known.
+"""A traced graph in one vocabulary: one reshape, Fourier transforms of one dimension, no asserts of what is known,
+one order in memory where a kernel misreads another.
 
 Writes to inputs are an epilogue.
 """
@@ -135,7 +136,7 @@ def _rewrite(graph: Graph, traced: GraphModule, old: Node, env: dict[Node, Any],
         with graph.inserting_before(new):
             new.args = (_emit(graph, old, aten.contiguous.default, new.args[0]), *new.args[1:])
     elif target is getitem and operand.target in _BATCH_NORMS and _may_be_misread(operand.args[0]) and old.args[1] == 0:
-        return _emit(graph, old, aten.slice.Tensor, new, 0, 0, 1)  # whose gradient is contiguous
+        return _emit(graph, old, aten.slice.Tensor, new, 0)  # whose gradient is contiguous
     elif target in _BY_MEMORY:
         new.args = (_in_memory_order(graph, new), *new.args[1:])
     elif target is aten.constant_pad_nd.default:
@@ -155,11 +156,12 @@ def _emit(graph: Graph, like: Node, target: OpOverload, *args: Any, **kwargs: An
 
 
 def _may_be_misread(image: Any) -> bool:
-    """Whether the backward of batch norm may take one order in memory for another: on the CPU (torch 2.13), of an image
-    or a video by itself, whose strides, or those of its gradient, are those of channels_last but for the batch's. On
-    ranks they may be where on one device they are not."""
+    """Whether the backward of batch norm may take one order in memory for another: on the CPU (torch 2.13), of what has
+    the strides of channels_last, or whose gradient has, but for a dimension of size 1, such as the batch. On ranks they
+    may be so where on one device they are not."""
     value = image.meta["val"]
-    return value.device.type == "cpu" and value.dim() in (4, 5) and bool(statically_known_true(value.shape[0] == 1))
+    sizes = (value.shape[0], *value.shape[2:])
+    return value.device.type == "cpu" and value.dim() in (4, 5) and any(statically_known_true(n == 1) for n in sizes)
 
 
 def _transform_in_turn(graph: Graph, whole: Node) -> Any:

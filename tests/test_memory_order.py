@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -141,24 +142,25 @@ def test_outputs_keep_their_memory_order() -> None:
 
 
 class Normed(nn.Module):
-    """An image, or a video, by itself between two attentions, with a norm over its pixels; `by_hand`: one written out.
+    """Images or videos of some `pixels` between two attentions, with a norm over them; `by_hand`: one written out.
 
-    The CPU's kernel for the gradient of such a norm may take channels_last for contiguous, by the strides of a batch of
-    1, on one device as well.
+    The CPU's kernel for the gradient of such a norm may take channels_last for contiguous, by the strides of dimensions
+    of size 1, on one device as well.
     """
 
-    def __init__(self, norm: str, back: str, by_hand: bool = False) -> None:
+    def __init__(self, norm: str, pixels: tuple[int, ...], back: str, by_hand: bool = False) -> None:
         super().__init__()
         self.block, self.again, self.mix, self.out = Block(), Block(), nn.Conv2d(12, 12, 1), nn.Linear(12, 12)
         self.weight, self.bias = nn.Parameter(torch.rand(12) + 1), nn.Parameter(torch.rand(12))
-        self.norm, self.back, self.by_hand = norm, back, by_hand
+        self.norm, self.pixels, self.back, self.by_hand = norm, pixels, back, by_hand
         self.register_buffer("mean", torch.rand(12))
         self.register_buffer("variance", torch.rand(12) + 1)
 
     def normed(self, t: Tensor) -> Tensor:
         if self.by_hand:
-            channels, pixels = [1, -1, *[1] * (t.dim() - 2)], list(range(2, t.dim()))
-            mean, variance = t.mean(pixels, True), t.var(pixels, keepdim=True, correction=0)
+            channels = [1, -1, *[1] * (t.dim() - 2)]
+            over = [*([] if self.norm == "instance" else [0]), *range(2, t.dim())]
+            mean, variance = t.mean(over, True), t.var(over, keepdim=True, correction=0)
             if self.norm == "evaluation":
                 mean, variance = self.mean.view(channels), self.variance.view(channels)
             return (t - mean) / (variance + 1e-5).sqrt() * self.weight.view(channels) + self.bias.view(channels)
@@ -169,20 +171,22 @@ class Normed(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        t = self.mix(self.block(x).mT.unflatten(2, (5, -1)))
-        t = t.unflatten(3, (1, -1)) if self.norm == "video" else t
-        x = self.normed(t).flatten(2).mT
+        column, y = self.pixels[-1] == 1, self.block(x).mT
+        t = self.mix(y.unsqueeze(-1) if column else y.unflatten(2, (-1, self.pixels[-1])))
+        t = self.normed(t.unflatten(2, (self.pixels[0], -1)) if len(self.pixels) == 3 else t)
+        x = (t.squeeze(-1) if column else t.flatten(2)).mT
         if self.back == "attention":
             return self.again(x)
         return torch.cat([x.mean(1, keepdim=True), x], 1) if self.back == "cat" else self.out(x)
 
 
 @pytest.mark.parametrize("back", ["attention", "cat", "linear"])
-@pytest.mark.parametrize("norm", ["training", "evaluation", "instance", "video"])
-def test_norms_of_one_image_read_their_gradient_in_its_order(norm: str, back: str) -> None:
+@pytest.mark.parametrize("norm", ["training", "evaluation", "instance"])
+@pytest.mark.parametrize(("batch", "pixels"), [(1, (5, 5)), (1, (5, 1, 5)), (2, (3, 4)), (2, (12, 1))], ids=str)
+def test_norms_read_their_gradient_in_its_order(batch: int, pixels: tuple[int, ...], norm: str, back: str) -> None:
     torch.manual_seed(0)
-    module = Normed(norm, back).double()
-    alone, x = Normed(norm, back, by_hand=True).double(), tokens(1, 25, 12)
+    module = Normed(norm, pixels, back).double()
+    alone, x = Normed(norm, pixels, back, by_hand=True).double(), tokens(batch, math.prod(pixels), 12)
     alone.load_state_dict(module.state_dict())
     expected = step(alone, alone, (x,), {})
     for parts in (2, 4):

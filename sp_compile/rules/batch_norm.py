@@ -66,8 +66,11 @@ def batch_norm_rule(call: OpCall) -> OpShardingRule | None:
 
 
 def _in_evaluation(local: LocalOp) -> tuple[fx.Node, ...]:
-    made = with_arguments(local)
-    return tuple(local.emit(getitem, made, index) for index in range(len(local.call.results)))
+    """The op on local rows: contiguous, and so is the gradient, as that of a slice. Where a rank has but one row, the
+    backward on the CPU (torch 2.13) may take one order in memory for another."""
+    made = with_arguments(local, input=local.emit(aten.contiguous.default, local.operand(0)))
+    value, *others = (local.emit(getitem, made, index) for index in range(len(local.call.results)))
+    return local.emit(aten.slice.Tensor, value), *others
 
 
 def _batch_norm(local: LocalOp) -> tuple[fx.Node, ...]:

@@ -62,8 +62,8 @@ def fit(
 def with_arguments(local: LocalOp, **changed: Any) -> fx.Node:
     """The op on local operands, with other arguments."""
     given = pytree.tree_map_only(torch.SymInt, lambda size: local.size(size_of(size)), dict(local.call.arguments))
-    arguments = {**given, **changed}
-    arguments |= {name: local.operand(at) for at, name in enumerate(local.call.operand_names)}
+    operands = {name: local.operand(at) for at, name in enumerate(local.call.operand_names)}
+    arguments = {**given, **operands, **changed}
     keywords = [argument.name for argument in local.call.overload._schema.arguments if argument.kwarg_only]
     own = {name: arguments.pop(name) for name in keywords}
     return local.emit(local.call.target, *arguments.values(), **own)
