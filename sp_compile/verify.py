@@ -241,8 +241,8 @@ def _settings(sp_size: int, options: Mapping[str, object] | None) -> dict[str, o
     for name, kept in _REFUSED.items():
         if given.get(name, kept) != kept:
             raise ConfigurationError(f"verify compares what every rank has whole: leave out the option {name!r}")
-    given.pop("group", None)
-    return {**given, "rng": "exact", "inner_backend": bare}
+    own = {name: value for name, value in given.items() if name not in ("group", "inner_backend")}
+    return {**own, "rng": "exact"}
 
 
 class _Dtypes(TorchDispatchMode):
@@ -297,9 +297,10 @@ def run_simulated(
     written: Collection[str] = (),
 ) -> Iterator[Simulated]:
     """One step of a copy of the program on P simulated ranks, from the present random state; they live as long as the
-    body. Of the states in `written` each rank has its own."""
+    body. Of the states in `written` each rank has its own. `bare` compiles, unless an option says otherwise."""
     before = {each.name for each in rewritten_graphs()} | {each.name for each in unsharded_graphs()}
     model, args, kwargs = copied(program, written, parts)
+    options = {"inner_backend": bare, **options}
     with torch.random.fork_rng(), simulate(parts):
         compiled = torch.compile(model, backend=partial(sp_backend, options=options), dynamic=dynamic)
         made = step(compiled, model, args, kwargs)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from sp_compile import RewrittenGraph, rewritten_graphs
 from sp_compile.comparison import Step, compare, step
 from sp_compile.debug import unsharded_graphs
-from sp_compile.simulation import bare
 from sp_compile.verify import first_divergence_of, run_alone
 from sp_compile.verify import run_simulated as simulated
 
@@ -50,7 +49,7 @@ def run_simulated(
 ) -> tuple[Step, list[RewrittenGraph]]:
     """One step of a copy of the module on P simulated ranks; and the graphs that were rewritten."""
     program = (module, tuple(args), dict(kwargs or {}))
-    with simulated(program, parts, {"inner_backend": bare, **(options or {})}, dynamic) as ran:
+    with simulated(program, parts, options or {}, dynamic) as ran:
         return ran.step, list(ran.graphs)
 
 
@@ -66,7 +65,7 @@ def compared(
     """The largest error of each value over all ranks, and the rewritten graphs."""
     program = (module, tuple(args), dict(kwargs or {}))
     expected = run_alone(program)
-    with simulated(program, parts, {"inner_backend": bare, **(options or {})}, dynamic, expected.written) as ran:
+    with simulated(program, parts, options or {}, dynamic, expected.written) as ran:
         return differences(expected, ran.step, parts, tolerance), list(ran.graphs)
 
 
@@ -85,7 +84,7 @@ def assert_equivalent(
     wrong = {name: error for name, error in errors.items() if not error <= tolerance}
     if wrong:
         program = (module, tuple(args), dict(kwargs or {}))
-        settings, written = {"inner_backend": bare, **(options or {})}, run_alone(program).written
+        settings, written = options or {}, run_alone(program).written
         found, _ = first_divergence_of(program, parts, settings, dynamic, written, tolerance)
         raise AssertionError(f"P={parts}: {wrong}\n{found}")
     assert graphs or not must_shard, "nothing was sharded"

@@ -18,7 +18,7 @@ from sp_compile import (
     sp_backend,
 )
 
-from .equivalence import gradient_errors
+from .equivalence import gradient_errors, known_graphs, rewritten_since
 from .gloo_pool import GlooPool
 from .test_passes import Block
 
@@ -27,9 +27,9 @@ pytestmark = pytest.mark.slow
 
 def forward(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
     """The output, and how many graphs were rewritten for it."""
-    known = {graph.name for graph in rewritten_graphs()}
+    known = known_graphs()
     out = model(x).detach()
-    return out, len({graph.name for graph in rewritten_graphs()} - known)
+    return out, len(rewritten_since(known))
 
 
 def with_changing_groups() -> list[tuple[float, int]]:
@@ -90,12 +90,12 @@ def compiled_after_ddp() -> tuple[float, int, bool]:
     model = copy.deepcopy(alone)
     x = torch.randn(1, 7, 12)
     alone(x).square().mean().backward()
-    known = {graph.name for graph in rewritten_graphs()}
+    known = known_graphs()
     ddp = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1)
     torch.compile(ddp, backend=partial(sp_backend, options={"inner_backend": "aot_eager"}))(
         x
     ).square().mean().backward()
-    graphs = {graph.name for graph in rewritten_graphs()} - known
+    graphs = rewritten_since(known)
     destroy_sequence_parallel()
     return max(gradient_errors(alone, model).values()), len(graphs), bool(torch._dynamo.config.optimize_ddp)
 
