@@ -164,7 +164,7 @@ def _fakify(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
 
 
 def _is_foreign_subclass(value: Any) -> bool:
-    """Whether a value is of a wrapper subclass that is not ours, such as a DTensor: of its ops shapes alone are known."""
+    """Whether a value is of a wrapper subclass that is not ours: of the ops of a DTensor, say, we know shapes alone."""
     own = isinstance(value, (LocalTensor, ShardedInput))
     return isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value) and not own
 
