@@ -7,7 +7,6 @@ A graph with nothing to shard, a world of one rank, and no process group at all 
 
 from __future__ import annotations
 
-import functools
 import gc
 import logging
 import time
@@ -36,7 +35,14 @@ from .config import SequenceParallelConfig
 from .debug import log_summary, record, record_unsharded
 from .errors import CaptureError, ConfigurationError, FallbackError, user_line
 from .graph import GraphRules, leaving_no_symbols
-from .group import current_epoch, cuts_graphs_for_ddp, mesh_of, rank_tensor, resolve_group
+from .group import (
+    cached_while_groups_last,
+    current_epoch,
+    cuts_graphs_for_ddp,
+    mesh_of,
+    rank_tensor,
+    resolve_group,
+)
 from .guard import guard_graph
 from .inductor import inductor_settings
 from .ops import LOWERING_VERSION
@@ -272,7 +278,7 @@ def _leaving(
 
     kept = weakref.ref(group)  # a compiled callable does not keep a group that its owner has destroyed
 
-    @functools.cache
+    @cached_while_groups_last
     def mesh(device_type: str) -> DeviceMesh:
         alive = kept()
         assert alive is not None
