@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.exc import SkipFrame
 from torch._guards import TracingContext
 from torch._ops import OpOverload
 from torch._subclasses import FakeTensorMode
@@ -33,6 +34,7 @@ from .canonicalize import STATE
 from .capture import CapturedGraph, capture
 from .config import SequenceParallelConfig
 from .debug import log_summary, record, record_unsharded
+from .dropped_backward import LOST, dropped_backward
 from .errors import CaptureError, ConfigurationError, FallbackError, user_line
 from .graph import GraphRules, leaving_no_symbols
 from .group import (
@@ -81,10 +83,12 @@ def sp_backend(
     Raises:
         ConfigurationError: an option that does not exist, or a value that it does not take.
         FallbackError: with `strict`, something that cannot be sharded.
+        SkipFrame: to Dynamo, which then runs the frame in Python; see `dropped_backward`.
     """
     config = SequenceParallelConfig.from_options(options)
     group = resolve_group(config.group)
     _check_sharded_inputs(example_inputs, group)
+    _skip_what_has_lost_a_backward(gm, example_inputs, config.strict)
     if group is None or group.size() == 1:
         compiled = _compile_inner(config, gm, example_inputs)
     else:
@@ -109,6 +113,18 @@ def _check_sharded_inputs(inputs: Sequence[Any], group: dist.ProcessGroup | None
                 f"a sharded input of shape {list(value.shape)} was made for another SP group than the model is "
                 "compiled for: make it anew after init_sequence_parallel, or with the option 'group' of the model"
             )
+
+
+def _skip_what_has_lost_a_backward(gm: fx.GraphModule, inputs: Sequence[Any], strict: bool) -> None:
+    """Have Python run the frame of a graph that would give other gradients than the model does."""
+    dropped = dropped_backward(gm, inputs)
+    if dropped is None:
+        return
+    text = f"the function that calls {dropped} under torch.vmap or torch.func is not compiled: {LOST}"
+    if strict:
+        raise FallbackError(f"{text}; without strict=True it runs in Python")
+    log.warning("%s", text)
+    raise SkipFrame(text)
 
 
 def _reject_cut_graphs() -> None:

@@ -31,6 +31,7 @@ LAYERS = (
         "sharded_input",
         "inductor",
         "capture",
+        "dropped_backward",
         "accounts",
         "checksums",
     },
