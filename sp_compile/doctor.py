@@ -19,6 +19,7 @@ from tabulate import tabulate
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
+from ._torch_version import TESTED, is_tested
 from .comparison import relative_error
 from .exchange import packed_exchange
 from .group import destroy_sequence_parallel, get_sequence_parallel_group, init_sequence_parallel, rank_tensor
@@ -133,7 +134,9 @@ def _versions() -> dict[str, str]:
         own = version("sp-compile")
     except PackageNotFoundError:
         own = "not installed, imported from its folder"
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "sp_compile": own}
+    torch_version = str(torch.__version__)
+    torch_version += "" if is_tested(torch_version) else f", not tested: that is {' and '.join(TESTED)}"
+    return {"python": platform.python_version(), "torch": torch_version, "sp_compile": own}
 
 
 def _back_ends() -> dict[str, str]:
