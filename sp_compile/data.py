@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from functools import partial
 from itertools import zip_longest
 from typing import Any, TypeVar, cast
@@ -58,6 +57,9 @@ T = TypeVar("T")
 
 STORE_BYTES = 1 << 16
 """A longer word goes by a collective instead of the store."""
+
+FIRST_SLEEP, LAST_SLEEP = 0.0001, 0.05
+"""Seconds between two questions to the store, more and more."""
 
 
 class SPDistForward:
@@ -456,25 +458,31 @@ def _word_of(word: bytes, rank: int, place: str) -> tuple[str, _Status, bool, st
 
 def _wait_for_words(group: ProcessGroup, keys: list[str], place: str) -> None:
     """Until all ranks have said something. Raises as `words.wait_for` does."""
-    store, patience = group.get_group_store(), timeout_of(group) or dist.default_pg_timeout
-    over, pause = time.monotonic() + patience.total_seconds(), FIRST_LOOK
-    while True:
-        left = timedelta(seconds=max(over - time.monotonic(), 0.001))
-        try:
-            store.wait(keys, min(pause, left))
-            return
-        except RuntimeError as error:  # a DistStoreError, but of a FileStore
-            ended = ended_peers(group)
-            try:
+    store, patience, started = group.get_group_store(), timeout_of(group) or dist.default_pg_timeout, time.monotonic()
+    pause, sleep = FIRST_LOOK, FIRST_SLEEP
+    look = pause.total_seconds()
+    try:
+        while not store.check(keys):  # `wait` with a timeout would write a warning at every look
+            waited = time.monotonic() - started
+            if waited >= look:
+                pause = longer(pause)
+                look = waited + pause.total_seconds()
+                _look_after_peers(group, keys, place)
+            if waited >= patience.total_seconds():
                 absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
-            except RuntimeError:
-                text = "the process that hosts the store of the job, most likely that of global rank 0, has ended"
-                raise (
-                    lost_rank(group, place, ended) if ended else lose(group, RankLostError, f"{place}: {text}.")
-                ) from error
-            if {*absent} & {*ended}:
-                raise lost_rank(group, place, sorted({*absent} & {*ended})) from error
-            if absent and time.monotonic() >= over:
-                text = f"ranks {absent} of the SP group did not come to {place} in {patience}."
-                raise lose(group, DataError, text) from error
-        pause = longer(pause)
+                raise lose(group, DataError, f"ranks {absent} of the SP group did not come to {place} in {patience}.")
+            time.sleep(sleep)
+            sleep = min(1.5 * sleep, LAST_SLEEP)
+    except RuntimeError as error:
+        if isinstance(error, SequenceParallelError):
+            raise
+        ended = ended_peers(group)
+        text = f"{place}: the process that hosts the store of the job, most likely that of global rank 0, has ended."
+        raise (lost_rank(group, place, ended) if ended else lose(group, RankLostError, text)) from error
+
+
+def _look_after_peers(group: ProcessGroup, keys: list[str], place: str) -> None:
+    ended = ended_peers(group)
+    lost = [rank for rank in ended if not group.get_group_store().check([keys[rank]])]
+    if lost:
+        raise lost_rank(group, place, lost)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
+from contextlib import closing
 from functools import partial
 
 import pytest
@@ -84,11 +85,19 @@ def rounds(outputs: str, as_mesh: bool) -> list[list[int]]:
     return found
 
 
-@pytest.mark.parametrize(("outputs", "as_mesh"), [("gather", False), ("dtensor", True)])
-def test_what_a_group_takes_is_given_back(gloo2: GlooPool, outputs: str, as_mesh: bool) -> None:
-    for found in gloo2.run(rounds, outputs, as_mesh):
+def assert_given_back(pool: GlooPool, outputs: str, as_mesh: bool) -> None:
+    for found in pool.run(rounds, outputs, as_mesh):
         print(found)
         assert found[-1] == found[0]
+
+
+def test_what_a_group_takes_is_given_back(gloo2: GlooPool) -> None:
+    assert_given_back(gloo2, "dtensor", as_mesh=True)
+
+
+def test_what_a_group_takes_of_a_store_by_tcp_is_given_back() -> None:
+    with closing(GlooPool(2, tcp=True)) as pool:
+        assert_given_back(pool, "gather", as_mesh=False)
 
 
 def with_ddp() -> float:
