@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from sp_compile.canonicalize import memory_order
+from sp_compile.canonicalize import has_effect, memory_order
 from sp_compile.config import Output, SequenceParallelConfig
 from sp_compile.graph import GraphRules, is_tensor, op_of, source_of
 from sp_compile.ops import MOVING_OPS
@@ -111,9 +111,8 @@ class _Writer:
                 outputs = self._write_output(node)
             elif node.op != "placeholder":
                 self._write_node(node)
-        for graph in self.graph.find_nodes(op="get_attr"):
-            if not graph.users:
-                self.graph.erase_node(graph)
+        # A view that is an output is made anew of the whole value: nobody may ask for its rows any more.
+        self.graph.eliminate_dead_code(has_effect)
         self.graph.lint()
         values = self._values()
         root = copy.copy(self.graph_module) if self.modules else self.graph_module
@@ -123,7 +122,7 @@ class _Writer:
         return ShardedGraph(module, self.origins, outputs, values)
 
     def _values(self) -> tuple[tuple[str, str, Placement], ...]:
-        held = {(new, value): self._made(value) for value, new in self.written.items() if is_tensor(value)}
+        held = {(new, value): self._made(value) for value, new in self.written.items() if _has_value(value)}
         for (value, target, _), new in self.converted.items():
             held.setdefault((new, value), REPLICATED if isinstance(target, str) else target)
         order = {node: at for at, node in enumerate(self.graph.nodes)}
@@ -288,7 +287,8 @@ class _Writer:
         base = _viewed(value)
         key = (value, "view", self.region)
         if key not in self.converted and base is None:
-            self.converted[key] = self._gather_output(value, f"gather_output_{value}")
+            whole = self._gather_output(value, f"gather_output_{value}")
+            self.converted[key] = whole if value.op == "placeholder" else _in_memory_of_its_own(self, whole)
         elif key not in self.converted and base is not None:
             source, result = source_of(value)
             assert isinstance(source.target, torch._ops.OpOverload)
@@ -554,6 +554,15 @@ def _call_locally(local: _GraphOp) -> fx.Node:
         else:
             kwargs[local.shape_argument] = shape
     return local.emit(local.call.target, *args, **kwargs)
+
+
+def _in_memory_of_its_own(writer: _Writer, whole: fx.Node) -> fx.Node:
+    """A copy of a whole output that others are views of.
+
+    AOTAutograd makes those anew from this one, by the views that it has seen since the memory of both was made. So this
+    one has to be the first in its memory, and no view itself.
+    """
+    return writer.emit(aten.clone.default, whole)
 
 
 def _has_own_memory(value: fx.Node) -> bool:

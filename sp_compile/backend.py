@@ -7,8 +7,10 @@ A graph with nothing to shard, a world of one rank, and no process group at all 
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
+import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo import compiled_autograd
 from torch._dynamo.exc import SkipFrame
+from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing
 from torch._guards import TracingContext
 from torch._ops import OpOverload
 from torch._subclasses import FakeTensorMode
@@ -54,7 +58,7 @@ from .passes.insert_collectives import insert_collectives
 from .passes.outline_experts import outline_experts
 from .passes.pack_exchanges import pack_exchanges
 from .passes.propagate import propagate
-from .plan import AttentionSite, Fallback, LeavingOutput, ShardedGraph, ShardingPlan, SiteOperand
+from .plan import AttentionSite, Fallback, LeavingOutput, ShardedGraph, ShardingPlan, SiteOperand, SitePlan
 from .rule import TensorSpec
 from .rules import stays_whole
 from .sharded_input import ShardedInput
@@ -82,6 +86,7 @@ def sp_backend(
 
     Raises:
         ConfigurationError: an option that does not exist, or a value that it does not take.
+            With `strict`, several ranks and no SP group.
         FallbackError: with `strict`, something that cannot be sharded.
         SkipFrame: to Dynamo, which then runs the frame in Python; see `dropped_backward`.
     """
@@ -89,6 +94,8 @@ def sp_backend(
     group = resolve_group(config.group)
     _check_sharded_inputs(example_inputs, group)
     _skip_what_has_lost_a_backward(gm, example_inputs, config.strict)
+    if group is None:
+        _report_no_group(config.strict)
     if group is None or group.size() == 1:
         compiled = _compile_inner(config, gm, example_inputs)
     else:
@@ -113,6 +120,24 @@ def _check_sharded_inputs(inputs: Sequence[Any], group: dist.ProcessGroup | None
                 f"a sharded input of shape {list(value.shape)} was made for another SP group than the model is "
                 "compiled for: make it anew after init_sequence_parallel, or with the option 'group' of the model"
             )
+
+
+def _report_no_group(strict: bool) -> None:
+    """Several ranks and no SP group: each would do all the work, and nobody would notice."""
+    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        text = (
+            f"there are {world} ranks and no SP group, so that each of them does all the work: call "
+            "init_sequence_parallel() before the model first runs, or give the option 'group'"
+        )
+        if strict:
+            raise ConfigurationError(text)
+        _warn_once(text)
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    log.warning("%s", text)
 
 
 def _skip_what_has_lost_a_backward(gm: fx.GraphModule, inputs: Sequence[Any], strict: bool) -> None:
@@ -140,6 +165,9 @@ def _reject_cut_graphs() -> None:
 def _compile(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config: SequenceParallelConfig, group: dist.ProcessGroup
 ) -> Compiled:
+    if compiled_autograd.in_compiled_autograd_region:
+        record_unsharded(gm, None, "it is the backward of other graphs, and holds the rows of one rank where they do")
+        return _compile_inner(config, gm, example_inputs)
     try:
         planned = plan_graph(gm, example_inputs, config, group.group_name, group.size())
     except CaptureError as error:
@@ -152,6 +180,7 @@ def _compile(
         return _compile_inner(config, gm, example_inputs)
     sharded, captured = planned.sharded, planned.captured.graph_module
     _report(planned.plan.fallbacks, config.strict)
+    _report_strategies(planned.plan.sites, config.attention)
     _report_outputs(planned, config.strict)
     if sharded is None:
         unsharded = record_unsharded(captured, planned.plan, "nothing to shard")
@@ -203,18 +232,24 @@ class PlannedGraph:
 
 
 @contextmanager
-def _without_collection() -> Iterator[None]:
-    """What a pass makes stays: a collection walks all the graphs of the process for nothing, a third of the time."""
+def _apart_from_the_program() -> Iterator[None]:
+    """Planning runs ops on fake tensors: the hooks that the user has on saved tensors, those of a checkpoint say, are
+    not called for them, and anomaly mode does not look for NaN in them.
+
+    Nor is garbage collected: what a pass makes stays, and to walk all the graphs of the process takes a third of the
+    time.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:
-        yield
+        with _disable_saved_tensors_hooks_during_tracing(), torch.autograd.set_detect_anomaly(False):
+            yield
     finally:
         if was_on:
             gc.enable()
 
 
-@_without_collection()
+@_apart_from_the_program()
 def plan_graph(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -222,7 +257,7 @@ def plan_graph(
     group_name: str,
     parts: int,
 ) -> PlannedGraph:
-    """The passes, in their order, for P = `parts`. Raises `CaptureError`."""
+    """The passes, in their order, for P = `parts`. Raises `CaptureError`, but for a graph with nothing to shard."""
     clock = _Clock()
     captured = clock.time("capture", capture, gm, example_inputs, stays_whole)
     rules = GraphRules(captured.graph_module.graph, captured.replicated)
@@ -231,6 +266,10 @@ def plan_graph(
     sites = clock.time("find_attention", find_attention, rules)
     mixers = () if sites else clock.time("find_mixers", find_mixers, rules)
     cut = _sharded_placeholders(captured, example_inputs)
+    if captured.refusal and (cut or (captured.output_names and (sites or mixers))):
+        raise CaptureError(captured.refusal)
+    if captured.refusal:
+        sites, mixers = (), ()  # nothing to shard, or what an optimizer does, which returns nothing
     plan = clock.time("propagate", propagate, rules, sites, mixers, parts, config.attention, cut, config.links)
     unpacked = sharded = None
     if plan.shards:
@@ -238,7 +277,7 @@ def plan_graph(
         outputs = config.output_kinds(captured.output_names)
         arguments = (module, rules, plan, group_name, config, outputs)
         unpacked = clock.time("insert_collectives", insert_collectives, *arguments)
-        clock.time("local_values", _set_local_values, unpacked.graph_module, captured, cut, parts)
+        clock.time("local_values", _set_local_values, unpacked, captured, cut, parts)
         sharded = clock.time("pack_exchanges", pack_exchanges, unpacked)
     return PlannedGraph(captured, rules, sites, mixers, plan, unpacked, sharded, clock.seconds)
 
@@ -355,12 +394,19 @@ def _cache_key_tag(group: dist.ProcessGroup) -> str:
 
 
 def _set_local_values(
-    module: fx.GraphModule, captured: CapturedGraph, cut: Mapping[fx.Node, Sharded], parts: int
+    sharded: ShardedGraph, captured: CapturedGraph, cut: Mapping[fx.Node, Sharded], parts: int
 ) -> None:
     """Write the local value of every node to `meta["val"]`, for whoever prints the graph.
 
-    The layers of a model make the same calls, which are made once.
+    The layers of a model make the same calls, which are made once. What has a size, or is a number, that data tells is
+    whole on every rank, and the value that was captured: of its symbols more is known than of new ones.
     """
+    captured_values = {node.name: node.meta.get("val") for node in captured.graph_module.graph.nodes}
+    told_by_data = {
+        node: captured_values[value]
+        for node, value, _ in sharded.values
+        if any(map(free_unbacked_symbols, pytree.tree_leaves(captured_values[value])))
+    }
     mode = next((x.fake_mode for x in captured.inputs if hasattr(x, "fake_mode")), None) or FakeTensorMode()
     known: dict[Any, Any] = {}
 
@@ -382,8 +428,9 @@ def _set_local_values(
             if call in known:
                 return pytree.tree_map_only(Tensor, lambda x: x.new_empty_strided(x.shape, x.stride()), known[call])
             result = super().call_function(target, args, kwargs)
-            made = [value for value in pytree.tree_leaves(result) if isinstance(value, Tensor)]
-            # Not so a view, of an operand or of a buffer that several share, nor a size that is its own.
+            made = pytree.tree_leaves(result)
+            # Not so a view, of an operand or of a buffer that several share, nor what has a size, or is a number, that
+            # data tells: each has its own.
             apart = len(storages(made)) == len(made) and storages(made).isdisjoint(storages(leaves))
             if apart and not any(map(free_unbacked_symbols, made)):
                 known[call] = result
@@ -395,7 +442,7 @@ def _set_local_values(
             return pytree.tree_map_only(Tensor, lambda x: x.detach(), result)
 
         def run_node(self, node: fx.Node) -> Any:
-            result = super().run_node(node)
+            result = told_by_data[node.name] if node.name in told_by_data else super().run_node(node)
             if node.op != "output":
                 node.meta["val"] = result
             return result
@@ -408,7 +455,7 @@ def _set_local_values(
                 dim, value = cut[node].dim, inputs[index]
                 rows = block_rows(value.shape[dim], 1, parts)
                 inputs[index] = value.new_empty([*value.shape[:dim], rows, *value.shape[dim + 1 :]])
-        Propagate(module).run(*inputs, torch.zeros(1, dtype=torch.int64))
+        Propagate(sharded.graph_module).run(*inputs, torch.zeros(1, dtype=torch.int64))
     torch.set_grad_enabled(grad_mode)
 
 
@@ -431,6 +478,18 @@ def _report(fallbacks: Sequence[Fallback], strict: bool) -> None:
         if strict:
             rule = "give it a rule with register_sharding_rule, " if fallback.takes_a_rule else ""
             raise FallbackError(f"{text}; {rule}opt it out with replicated_region(), or compile without strict=True")
+        log.warning("%s", text)
+
+
+def _report_strategies(sites: Sequence[SitePlan], attention: str) -> None:
+    """Tell of sites that do not run by the strategy that was asked for. One that moves nothing is as good as any."""
+    told = {
+        f"attention runs by {site.strategy!r}, not by {attention!r} as asked for: {site.reason} "
+        f"({user_line(site.site.output)})": None
+        for site in sites
+        if attention not in ("auto", site.strategy) and site.strategy != "local"
+    }
+    for text in told:  # the layers of a model say the same
         log.warning("%s", text)
 
 

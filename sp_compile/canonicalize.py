@@ -249,7 +249,7 @@ def _same_shape(node: Node, other: Node) -> bool:
 def _drop_empty_operands(cat: Node) -> None:
     """`cat` passes over one-dimensional tensors without elements (Hugging Face's empty KV cache)."""
     operands: Any = cat.args[0]
-    full = [x for x in operands if x.meta["val"].shape != (0,)]
+    full = [x for x in operands if not _is_empty_vector(x.meta["val"])]
     value = cat.meta["val"]
     if len(full) == len(operands) or not full or value.dim() == 1:
         return
@@ -259,6 +259,11 @@ def _drop_empty_operands(cat: Node) -> None:
         cat.target, cat.args, cat.kwargs = aten.clone.default, (full[0],), {}
         if full[0].meta["val"].dtype != value.dtype:
             cat.target, cat.kwargs = aten._to_copy.default, {"dtype": value.dtype}
+
+
+def _is_empty_vector(value: torch.Tensor) -> bool:
+    """Whether a tensor is known to be of shape `[0]`; the length of a vector may be one that data decides."""
+    return value.dim() == 1 and statically_known_true(value.shape[0] == 0)
 
 
 def has_effect(node: Node) -> bool:

@@ -10,7 +10,8 @@
                                                        return (reshape,)
 
 The graph means what the Dynamo graph means, also when it is run eagerly: values, gradients, random
-draws, updated inputs. What cannot be shown to keep that meaning raises `CaptureError`.
+draws, updated inputs. What cannot be shown to keep that meaning raises `CaptureError`; or is a refusal of the captured
+graph, where the graph can at least be read: nobody needs to hear of one in which there is nothing to shard.
 """
 
 import itertools
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 import torch.utils._pytree as pytree
@@ -60,6 +62,7 @@ aten = torch.ops.aten
 Keep = Callable[[OpOverload | HigherOrderOperator, tuple[Any, ...], dict[str, Any]], bool]
 
 _NO_EFFECT = (torch._C._log_api_usage_once, predispatch.lazy_load_decompositions, SDPA_BACKEND, torch.broadcast_shapes)
+DATA = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
 _MASKS = {op: decomposition_table[op] for op in (aten.tril.default, aten.triu.default)}
 """Written out, they compare the places of rows and columns, so that a rank makes its rows of such a mask."""
 _DROPOUTS = (
@@ -75,13 +78,14 @@ class CapturedGraph:
     """`graph_module` has Dynamo's placeholders and output; `inputs` are fakes for the former, and
     `mutated_inputs` the positions of those that it writes to, at its end. `replicated` are the nodes
     that the user put in a `replicated_region()`, `output_names` the variables that outputs were last
-    assigned to."""
+    assigned to. `refusal` is why the graph must not be run in place of Dynamo's; empty if it may."""
 
     graph_module: GraphModule
     inputs: tuple[Any, ...]
     mutated_inputs: tuple[int, ...]
     replicated: frozenset[Node]
     output_names: tuple[str, ...]
+    refusal: str = ""
 
 
 def capture(gm: GraphModule, example_inputs: Sequence[Any], keep: Keep) -> CapturedGraph:
@@ -94,13 +98,16 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any], keep: Keep) -> Captu
     gm = collapse(gm, lambda op: keep(op, (), {}))
     _reject_unsafe_nodes(gm)
     fake_mode, inputs = _fakify(example_inputs)
-    traced, written, returned = _trace(gm, fake_mode, inputs, keep)
+    traced, written, returned, refusal = _trace(gm, fake_mode, inputs, keep)
     mutated = tuple(written)
     graph_module = canonical(traced, gm, inputs, mutated, returned)
     _reject_shared_storage(gm, example_inputs, written)
     replicated = frozenset(filter(in_replicated_region, graph_module.graph.nodes))
     names = tuple(str(output) for output in gm.graph.output_node().args[0])  # type: ignore[union-attr]
-    return CapturedGraph(graph_module, tuple(inputs), mutated, replicated, names)
+    subclass = next((x for x in example_inputs if _is_foreign_subclass(x)), None)
+    if subclass is not None:
+        refusal = f"an input is a tensor subclass ({type(subclass).__name__})"
+    return CapturedGraph(graph_module, tuple(inputs), mutated, replicated, names, refusal)
 
 
 def _bodies(gm: GraphModule) -> Iterator[GraphModule]:
@@ -142,10 +149,8 @@ def _fakify(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
             return x
         if isinstance(x, LocalTensor):
             return _fakify_by_shape(fake_mode, x, contexts.get(x), next(iter(x._local_tensors.values())))
-        if isinstance(x, ShardedInput):
+        if isinstance(x, ShardedInput) or _is_foreign_subclass(x):
             return _fakify_by_shape(fake_mode, x, contexts.get(x), x)
-        if is_traceable_wrapper_subclass(x):
-            raise CaptureError(f"an input is a tensor subclass ({type(x).__name__})")
         symbolic = contexts.get(x)
         return fake_mode.from_tensor(
             x,
@@ -156,6 +161,12 @@ def _fakify(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
         )
 
     return fake_mode, [fakify(x) for x in example_inputs]
+
+
+def _is_foreign_subclass(value: Any) -> bool:
+    """Whether a value is of a wrapper subclass that is not ours: of the ops of a DTensor, say, we know shapes alone."""
+    own = isinstance(value, (LocalTensor, ShardedInput))
+    return isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value) and not own
 
 
 def _fakify_by_shape(fake_mode: FakeTensorMode, x: torch.Tensor, symbolic: Any, like: torch.Tensor) -> torch.Tensor:
@@ -185,6 +196,10 @@ class _Functionalize(FunctionalTensorMode):
         self.autocasts: list[torch.amp.autocast] = []
         self.policies: dict[int, _CachingTorchDispatchMode] = {}
         """What a selective checkpoint saves, by the number of its region."""
+        self.constants: dict[int, FunctionalTensor] = {}
+        """The tensors that are no inputs of the graph but attributes of its module, by identity."""
+        self.refusal = ""
+        """See `CapturedGraph`."""
         self._whole = whole
         self._needs_grad = needs_grad
         # By address; kept alive, since an address is used again.
@@ -210,7 +225,7 @@ class _Functionalize(FunctionalTensorMode):
         if self._needs_grad:
             if torch.is_grad_enabled() != self.grad_mode:
                 raise _Hidden("a custom backward")
-            self._reject_untracked_write(func, args)
+            self._refuse_untracked_write(func, args)
         if isinstance(func, OpOverload) and _get_effect(func) is not None:
             raise _Hidden(f"the effect of {func}")
         if self._shared and func._schema.is_mutable:
@@ -229,6 +244,12 @@ class _Functionalize(FunctionalTensorMode):
             if error.op is None and not _takes_memory(func) and self._can_decompose(func, args, kwargs or {}):
                 error.op = func
             raise
+
+    def constant(self, value: torch.Tensor) -> FunctionalTensor:
+        """An attribute of the graph's module; the same one wherever it is read, for somebody may write to it."""
+        if id(value) not in self.constants:
+            self.constants[id(value)] = FunctionalTensor.to_functional(value)
+        return self.constants[id(value)]
 
     def written_at(self, value: FunctionalTensor) -> str:
         """The user's line that has last written to the memory of a value."""
@@ -265,9 +286,9 @@ class _Functionalize(FunctionalTensorMode):
         for value in made:
             torch._sync(value)  # type: ignore[attr-defined,no-untyped-call]
 
-    def _reject_untracked_write(self, func: OpOverload, args: tuple[Any, ...]) -> None:
+    def _refuse_untracked_write(self, func: OpOverload, args: tuple[Any, ...]) -> None:
         """A write that autograd does not see leaves a gradient in place which would vanish here:
-        `with no_grad(): w.clamp_(0)`, or `x.detach().add_(1)`, and then `w` or `x` is used."""
+        `with no_grad(): w.clamp_(0)`, `x.detach().add_(1)` or `w.data.clamp_(0)`, and then `w` or `x` is used."""
         tensors = [a for a in args if isinstance(a, FunctionalTensor)]
         tracked = {id(t): torch._from_functional_tensor(t.elem).requires_grad for t in tensors}
         storages = [t.untyped_storage() for t in tensors if tracked[id(t)]]
@@ -283,7 +304,8 @@ class _Functionalize(FunctionalTensorMode):
                 and value.untyped_storage()._cdata in self._storages_with_grad
                 and not (torch.is_grad_enabled() and tracked[id(value)])
             ):
-                raise CaptureError(f"{func} writes, unseen by autograd, to what has a gradient")
+                place = place_of(get_current_meta().get("stack_trace") or "")
+                self.refusal = f"{func} writes, unseen by autograd, to what has a gradient ({place})"
 
 
 def _written(func: OpOverload, args: tuple[Any, ...]) -> list[torch.UntypedStorage]:
@@ -315,7 +337,6 @@ class _DynamoInterpreter(Interpreter):
         super().__init__(gm, graph=graph)
         self.extra_traceback = False
         self._mode = mode
-        self.constants: list[FunctionalTensor] = []
 
     def run_node(self, n: Node) -> Any:
         try:
@@ -331,10 +352,7 @@ class _DynamoInterpreter(Interpreter):
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
-        if isinstance(value, torch.Tensor):
-            value = FunctionalTensor.to_functional(value)
-            self.constants.append(value)
-        return value
+        return self._mode.constant(value) if isinstance(value, torch.Tensor) else value
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is tag_activation_checkpoint:
@@ -344,19 +362,14 @@ class _DynamoInterpreter(Interpreter):
             return self._inline(body, operands, get_current_meta())
         if isinstance(target, HigherOrderOperator):
             return self._record("call_function", target, target, args, kwargs)
+        if target is DATA:  # of a functional tensor it would keep the gradient
+            return args[0].detach()
         result = super().call_function(target, args, kwargs)
         # make_fx records autocast without entering it: dtypes would be those before casting.
         if target is GRAD_MODE:
             self._mode.grad_mode = args[0]
-        elif target is ENTER_AUTOCAST:
-            device, dtype, enabled, _ = args
-            with torch._C.DisableTorchFunction():
-                autocast = torch.amp.autocast(device, dtype, enabled, cache_enabled=False)
-                autocast.__enter__()
-            self._mode.autocasts.append(autocast)
-        elif target is EXIT_AUTOCAST:
-            with torch._C.DisableTorchFunction():
-                self._mode.autocasts.pop().__exit__(None, None, None)
+        elif target in (ENTER_AUTOCAST, EXIT_AUTOCAST):
+            _switch_autocast(target, args, self._mode.autocasts)
         elif target is SDPA_BACKENDS:
             # Nor does it record this; written as Dynamo does, by names, which a graph can be printed with.
             tracer = _tracer()
@@ -411,10 +424,7 @@ class _DynamoInterpreter(Interpreter):
         for node in graph.nodes:
             node.meta["custom"] = {**around.get("custom", {}), **node.meta.get("custom", {})}
             node.meta |= {key: around[key] for key in ("recompute", "ac_graph_id") if key in around}
-        inner = _DynamoInterpreter(body, self._mode, graph)
-        result = inner.run(*args)
-        self.constants += inner.constants
-        return result
+        return _DynamoInterpreter(body, self._mode, graph).run(*args)
 
 
 _CHECKPOINT_IDS = itertools.count()
@@ -426,15 +436,26 @@ def _tracer() -> PythonKeyTracer:
     return cast(PythonKeyTracer, mode.tracer)
 
 
+def _switch_autocast(target: Callable[..., Any], args: Sequence[Any], entered: list[torch.amp.autocast]) -> None:
+    """Enter or leave autocast as a node does; `entered` are the regions that are entered, the innermost last."""
+    with torch._C.DisableTorchFunction():
+        if target is ENTER_AUTOCAST:
+            device, dtype, enabled, _ = args
+            entered.append(torch.amp.autocast(device, dtype, enabled, cache_enabled=False))
+            entered[-1].__enter__()
+        else:
+            entered.pop().__exit__(None, None, None)
+
+
 @contextmanager
-def _states_restored(mode: _Functionalize) -> Iterator[None]:
+def _states_restored(autocasts: list[torch.amp.autocast]) -> Iterator[None]:
     """A trace that ends early leaves no autocast behind, and no choice of attention kernels."""
     with sdpa_kernel(_cur_sdpa_kernel_backends(with_priority=True), set_priority=True):
         try:
             yield
         finally:
-            while mode.autocasts:
-                mode.autocasts.pop().__exit__(None, None, None)
+            while autocasts:
+                autocasts.pop().__exit__(None, None, None)
 
 
 @contextmanager
@@ -458,9 +479,10 @@ def _trace(
     fake_mode: FakeTensorMode,
     inputs: Sequence[Any],
     keep: Keep,
-) -> tuple[GraphModule, dict[int, str], dict[int, int]]:
+) -> tuple[GraphModule, dict[int, str], dict[int, int], str]:
     """Returns the graph, whose outputs are Dynamo's and then the inputs that are written to; which inputs those
-    are, and where they are written to; and which outputs (position → input) are such an input itself."""
+    are, and where they are written to; which outputs (position → input) are such an input itself; and the refusal of
+    the graph, if there is one."""
     needs_grad = torch.is_grad_enabled() or any(
         node.args[0] for body in _bodies(gm) for node in body.graph.find_nodes(op="call_function", target=GRAD_MODE)
     )
@@ -468,33 +490,36 @@ def _trace(
     written: dict[int, str] = {}
     returned: dict[int, int] = {}
     policies: dict[int, _CachingTorchDispatchMode] = {}
+    refusal = ""
 
     def functional(*args: Any) -> list[Any]:
-        nonlocal written, returned, policies
+        nonlocal written, returned, policies, refusal
         mode = _Functionalize(lambda op, *call: op in whole or keep(op, *call), needs_grad)
         below = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
-        with torch._C._ExcludeDispatchKeyGuard(below), _states_restored(mode), mode:
+        with torch._C._ExcludeDispatchKeyGuard(below), _states_restored(mode.autocasts), mode:
             wrapped = [FunctionalTensor.to_functional(a) if isinstance(a, torch.Tensor) else a for a in args]
             interpreter = _DynamoInterpreter(gm, mode)
             outputs = interpreter.run(*wrapped)
             written = {i: mode.written_at(x) for i, x in enumerate(wrapped) if _is_mutated(x, mode)}
-            for constant in interpreter.constants:
+            for constant in mode.constants.values():
                 if _is_mutated(constant, mode):
-                    told = f"the graph writes to a tensor that is no input of it ({mode.written_at(constant)})"
-                    raise CaptureError(told)
+                    mode.refusal = f"the graph writes to a tensor that is no input of it ({mode.written_at(constant)})"
             returned = _returned_inputs(outputs, wrapped, written)
-            policies = mode.policies
+            policies, refusal = mode.policies, mode.refusal
             return [_unwrap(x) for x in (*outputs, *(wrapped[i] for i in written))]
 
+    # Tensors that are attributes of Dynamo's graph are no fakes, as the parameters of a compiled optimizer.
+    constants_allowed = patch.object(fake_mode, "allow_non_fake_inputs", True)
     table = {aten.copy.default: _copy, **_MASKS}
     trace = make_fx(functional, table, pre_dispatch=True, _allow_non_fake_inputs=True)
     while True:
         try:
-            with fake_mode, preserve_node_meta(), torch.set_grad_enabled(torch.is_grad_enabled()), _dropped(fake_mode):
+            grad_mode = torch.set_grad_enabled(torch.is_grad_enabled())
+            with fake_mode, constants_allowed, preserve_node_meta(), grad_mode, _dropped(fake_mode):
                 traced = trace(*inputs)
                 for region, policy in policies.items():
                     _apply_policy(traced, region, policy)
-                return traced, written, returned
+                return traced, written, returned, refusal
         except _Hidden as error:
             assert error.op is not None and error.op not in whole
             whole.add(error.op)
@@ -506,7 +531,10 @@ def _dropped(mode: FakeTensorMode) -> AbstractContextManager[None]:
 
 
 def _apply_policy(traced: GraphModule, region: int, policy: _CachingTorchDispatchMode) -> None:
-    """Ask a selective checkpoint of the parts of each op of its region; an op is saved if one of its parts is."""
+    """Ask a selective checkpoint of the parts of each op of its region; an op is saved if one of its parts is.
+
+    Each op runs under the autocast that it stands in: outside of it, it may refuse what autocast brings to one dtype.
+    """
     ask, answers = policy.policy_fn, list[CheckpointPolicy | bool]()
 
     def asked(*args: Any, **kwargs: Any) -> CheckpointPolicy | bool:
@@ -514,15 +542,19 @@ def _apply_policy(traced: GraphModule, region: int, policy: _CachingTorchDispatc
         return answers[-1]
 
     policy.policy_fn = asked
-    for node in traced.graph.nodes:
-        if node.meta.get("ac_graph_id") == region and isinstance(node.target, OpOverload):
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-            answers.clear()
-            with policy:
-                node.target(*args, **kwargs)
-            saving = [a for a in answers if a in (True, CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)]
-            if saving:
-                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE if saving[0] is True else saving[0]
+    autocasts: list[torch.amp.autocast] = []
+    with _states_restored(autocasts):
+        for node in traced.graph.nodes:
+            if node.target in (ENTER_AUTOCAST, EXIT_AUTOCAST):
+                _switch_autocast(node.target, node.args, autocasts)
+            if node.meta.get("ac_graph_id") == region and isinstance(node.target, OpOverload):
+                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+                answers.clear()
+                with policy:
+                    node.target(*args, **kwargs)
+                saving = [a for a in answers if a in (True, CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)]
+                if saving:
+                    node.meta["recompute"] = CheckpointPolicy.MUST_SAVE if saving[0] is True else saving[0]
 
 
 def _copy(destination: torch.Tensor, source: torch.Tensor, _: bool = False) -> Any:

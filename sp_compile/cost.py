@@ -24,6 +24,7 @@ Symbolic sizes count as they were at compile time.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ from .plan import ShardingPlan
 from .rule import TensorSpec, called_module, named_arguments
 from .rules.grouped import PRODUCTS
 from .sharding import GroupedHeads, Placement, Replicated, Sharded, moved_rows
+
+log = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
@@ -342,13 +345,24 @@ def flops(node: fx.Node) -> int:
 
 
 def contraction_flops(node: fx.Node) -> int:
-    """What attention, a product of matrices or a convolution takes; 0 for any other node.
+    """Returns what attention, a product of matrices or a convolution takes; 0 for any other node.
 
-    Counted on the meta device, in what the op decomposes to.
+    Also 0 where that cannot be counted; see `is_uncounted`.
     """
+    return _counted_contraction(node) or 0
+
+
+def is_uncounted(node: fx.Node) -> bool:
+    """Whether nothing is known of what a node computes, so that it counts as nothing."""
+    return _counted_contraction(node) is None
+
+
+def _counted_contraction(node: fx.Node) -> int | None:
+    """Returns the count of `contraction_flops`, or None for an op that does not run on the meta device."""
     target = node.target
     if node.op == "call_module":
-        return sum(map(contraction_flops, called_module(node).graph.nodes))
+        counts = [_counted_contraction(each) for each in called_module(node).graph.nodes]
+        return None if None in counts else sum(count or 0 for count in counts)
     if not isinstance(target, torch._ops.OpOverload) or target.namespace == "sp" or not operand_nodes(node):
         return 0
     if target.name() in PRODUCTS:
@@ -364,19 +378,28 @@ def contraction_flops(node: fx.Node) -> int:
 
 def _on_meta(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
-        return TensorSpec(tuple(map(_int, leaf.shape)), leaf.dtype, torch.device("meta"))
+        # Of one dtype, for shapes alone count. An op may refuse what autocast alone brings to one dtype.
+        dtype = torch.float32 if leaf.is_floating_point() else leaf.dtype
+        return TensorSpec(tuple(map(_int, leaf.shape)), dtype, torch.device("meta"))
     if isinstance(leaf, (torch.SymFloat, torch.SymBool)):
         return 1.0 if isinstance(leaf, torch.SymFloat) else True  # it changes no count; to look it up would be a guard
     return _int(leaf) if isinstance(leaf, torch.SymInt) else leaf
 
 
 @functools.lru_cache(maxsize=1024)
-def _counted(target: torch._ops.OpOverload, structure: pytree.TreeSpec, leaves: tuple[Any, ...]) -> int:
-    """The layers of a model make the same calls."""
+def _counted(target: torch._ops.OpOverload, structure: pytree.TreeSpec, leaves: tuple[Any, ...]) -> int | None:
+    """Returns the operations of a call, counted on the meta device in what the op decomposes to; None if it raises.
+
+    The layers of a model make the same calls.
+    """
     made = [torch.empty(x.shape, dtype=x.dtype, device=x.device) if isinstance(x, TensorSpec) else x for x in leaves]
     args, kwargs = pytree.tree_unflatten(made, structure)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        target(*args, **{name: "meta" if name == "device" else value for name, value in kwargs.items()})
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            target(*args, **{name: "meta" if name == "device" else value for name, value in kwargs.items()})
+    except Exception as error:  # of any kind: the kernel may be the user's
+        log.debug("%s is not counted: %s", target, error)
+        return None
     return int(counter.get_total_flops())
 
 

@@ -36,7 +36,7 @@ from torch.utils.flop_counter import flop_registry
 
 from .backend import PlannedGraph, plan_graph
 from .config import SequenceParallelConfig
-from .cost import SiteSizes, attention_bytes, flops, peak_activation_bytes, planned_flops, received
+from .cost import SiteSizes, attention_bytes, flops, is_uncounted, peak_activation_bytes, planned_flops, received
 from .dropped_backward import LOST, dropped_backward
 from .errors import CaptureError, ConfigurationError, user_line
 from .graph import GraphRules
@@ -494,7 +494,7 @@ def _uncounted(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
         target = node.target
         foreign = isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "sp", "prims")
         known = isinstance(target, torch._ops.OpOverload) and target.overloadpacket in flop_registry
-        if (node.op == "call_module" and not flops(node)) or (foreign and not known):
+        if (node.op == "call_module" and not flops(node)) or (foreign and not known) or is_uncounted(node):
             found[_op_name(node)] = None
     return tuple(found)
 

@@ -42,10 +42,16 @@ def choose_homes(rules: GraphRules, sites: Sequence[AttentionSite], parts: int) 
     """For q, k and v of every site, the placement that is best for all sites together.
 
     None for a memory so short that no rank computes more of it whole than its share of the queries, such as a prompt.
+    None for queries that are fewer than the ranks, such as the one token of a step of generation, and none for their
+    keys and values, unless a layer computes those row by row: a cache that is given whole would only be moved.
     """
     found: list[Vote] = []
-    for site, votes in zip(sites, _Chooser(rules, sites, parts).choose(), strict=True):
-        found += votes[:1] if is_shorter(rules, site, parts) else votes
+    chooser = _Chooser(rules, sites, parts)
+    for site, votes in zip(sites, chooser.choose(), strict=True):
+        if votes and chooser.rows(votes[0][1]) < parts:
+            found += votes[1:] if chooser.projects_keys(site) else []
+        else:
+            found += votes[:1] if is_shorter(rules, site, parts) else votes
     return found
 
 
@@ -159,12 +165,18 @@ class _Chooser:
             windows.append([(placement, self._want(value, placement)) for placement in self._batches(site)])
             for _, origin in windows[-1]:
                 origin.as_windows |= 1 << number
+            self._want(*sequence_home(self.rules, site.key))
         for node in reversed(self.rules.graph.nodes):
             self._trace(node)
         for node in self.rules.graph.nodes:
             self._weigh(node)
         for site, sequence, batches in zip(self.sites, sequences, windows, strict=True):
             yield self._best(site, sequence, batches)
+
+    def projects_keys(self, site: AttentionSite) -> bool:
+        """Whether a layer with a matrix of weights makes the keys of a site, of which there are enough, row by row."""
+        value, placement = sequence_home(self.rules, site.key)
+        return bool(self._want(value, placement).projected) and self.rows(placement) >= self.parts
 
     def _query(self, site: AttentionSite) -> fx.Node:
         return self.rules.operands(site.query.node)[site.query.index]
@@ -222,13 +234,13 @@ class _Chooser:
                 self._take_apart(node, result, placement, origin)
             waiting += list(origins)[known:]
         # Pieces behind what they are pieces of.
-        self.origins[node] = origins = dict(sorted(origins.items(), key=lambda each: -self._rows(each[0][1])))
+        self.origins[node] = origins = dict(sorted(origins.items(), key=lambda each: -self.rows(each[0][1])))
         for origin in origins.values():
             for other in (*origin.above, *(piece for _, piece in origin.pieces)):
                 other.as_sequence |= origin.as_sequence
                 other.as_windows |= origin.as_windows
 
-    def _rows(self, placement: Sharded) -> int:
+    def rows(self, placement: Sharded) -> int:
         """How many granules a placement has."""
         layout = placement.layout
         return sum(self.rules.hint(each.size) // self.rules.hint(each.granule) for each in layout.segments)
@@ -340,7 +352,7 @@ class _Chooser:
 
     def _spares_work(self, coarse: Sharded, rows: Sharded, piece: _Origin) -> bool:
         """Whether layers that single rows cannot pass, and all ranks would run, take more than the longer blocks do."""
-        longer = longest_share(self._rows(coarse), self.parts) - longest_share(self._rows(rows), self.parts)
+        longer = longest_share(self.rows(coarse), self.parts) - longest_share(self.rows(rows), self.parts)
         whole = sum(self.flops[node] for node in self.flops if piece.projected >> self.rules.position(node) & 1)
         return longer * sum(self.flops.values()) < whole * (self.parts - 1)
 
@@ -357,7 +369,7 @@ class _Chooser:
                 yield from self._rows_of(factor.of_part(whole), piece)
         elif outermost is not None and outermost[1].worth[0] >= origin.worth[0]:
             yield outermost[0], max(outermost[1].worth, origin.worth)
-        elif self._rows(whole) >= self.parts:
+        elif self.rows(whole) >= self.parts:
             yield whole, origin.worth
 
     def _pieces(self, whole: Sharded, origin: _Origin) -> Iterator[tuple[Sharded, _Origin]]:
@@ -368,7 +380,7 @@ class _Chooser:
         for factor, piece in origin.pieces:
             placement = factor.of_part(whole)
             covers = placement.layout.size == whole.layout.size
-            if covers and piece.kind is _Kind.ROWS and self._rows(placement) >= self.parts:
+            if covers and piece.kind is _Kind.ROWS and self.rows(placement) >= self.parts:
                 yield placement, piece
 
 

@@ -51,6 +51,7 @@ from .exchange import (
 from .sharded_dim import ShardedDim, Sizes, fill_rows
 from .transport import (
     all_reduced,
+    apart,
     arrived,
     as_before,
     as_transported,
@@ -62,7 +63,7 @@ from .transport import (
     start_gather,
 )
 
-LOWERING_VERSION = 8
+LOWERING_VERSION = 9
 """Part of every compile cache key: raise it whenever what an op lowers to changes, or what is in `inductor`."""
 
 _library = torch.library.Library("sp", "DEF")
@@ -147,12 +148,17 @@ class _Shard(_Function):
 
 
 class _AllGather(_Function):
+    """The whole along `layout`; without one `[1, ..]` of each rank as `[P, ..]`."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rank: Tensor, layout: ShardedDim, group: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rank: Tensor, layout: ShardedDim | None, group: str) -> Tensor:
         ctx.save_for_backward(rank)
-        ctx.layout, ctx.group, parts = layout, group, group_size(group)
+        parts = group_size(group)
+        ctx.layout, ctx.group = layout or ShardedDim(0, 1, [parts], [1]), group
+        if layout is None:
+            return moved(lambda t: arrived(start_gather(t, group)), x)
         # A new first dimension of 1: ranks are laid end to end along it.
-        return moved(lambda t: layout.join(arrived(start_gather(t.unsqueeze(0), group)), parts), x)
+        return apart(moved(lambda t: layout.join(arrived(start_gather(t.unsqueeze(0), group)), parts), x))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -177,7 +183,8 @@ class _AllToAll(_Function):
         ctx.exchanges, ctx.group, parts = exchanges, group, group_size(group)
         pairs = [*zip(exchanges, tensors, strict=True)]
         received = sent_together([each.cut(x, rank, parts) for each, x in pairs], group)
-        results = [each.join(pieces, rank, parts, x.dtype) for (each, x), pieces in zip(pairs, received, strict=True)]
+        joined = [each.join(pieces, rank, parts, x.dtype) for (each, x), pieces in zip(pairs, received, strict=True)]
+        results = [apart(x) for x in joined]
         trained = ctx.needs_input_grad[3:]
         ctx.mark_non_differentiable(*(y for y, needed in zip(results, trained, strict=True) if not needed))
         return tuple(results)
@@ -309,7 +316,12 @@ def all_gather(
 
     `y = cat_r(x_r)`; backward `g[rows of r]`, 0 at padding: g is the full gradient already.
     """
-    layout = _layout(x, dim, outer, sizes, granules, windows, group_size(group))
+    parts = group_size(group)
+    layout = _layout(x, dim, outer, sizes, granules, windows, parts)
+    if layout.is_even(parts):
+        # The join may be a view, and has to be one that autograd sees: it does not let a view be written to that a
+        # custom Function returns, and loses what is written to views of it.
+        return layout.join(_AllGather.run(x.unsqueeze(0), rank, None, group), parts)
     return _AllGather.run(x, rank, layout, group)
 
 

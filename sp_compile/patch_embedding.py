@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
@@ -26,16 +27,22 @@ def patch_embeddings(graph: Graph, reshapes: Collection[Any]) -> dict[Node, Node
     for conv in graph.nodes:
         if conv.target not in _CONVOLUTIONS or conv.kwargs or not _side_by_side(conv):
             continue
-        flat, last = conv, [conv.meta["val"].shape[1], math.prod(conv.meta["val"].shape[2:])]
-        while len(flat.users) == 1 and (flat is conv or list(flat.meta["val"].shape[-2:]) != last):
+        flat, last = conv, (conv.meta["val"].shape[1], math.prod(conv.meta["val"].shape[2:]))
+        while len(flat.users) == 1 and (flat is conv or not _ends_in(flat, last)):
             (user,) = flat.users
             if user.target not in reshapes:
                 break
             flat = user
         shape = flat.meta["val"].shape[1:]
-        if flat is not conv and list(shape[-2:]) == last and all(isinstance(size, int) for size in shape):
+        if flat is not conv and _ends_in(flat, last) and all(isinstance(size, int) for size in shape):
             found[conv] = flat
     return found
+
+
+def _ends_in(node: Node, last: tuple[int, int]) -> bool:
+    """Whether the last two dimensions of a value are known to be of these sizes."""
+    shape = node.meta["val"].shape[-2:]
+    return len(shape) == 2 and all(statically_known_true(size == own) for size, own in zip(shape, last, strict=True))
 
 
 def _side_by_side(conv: Node) -> bool:

@@ -108,11 +108,14 @@ class SitePlanner:
         first = site.nodes[0]
         rule, placements = self.rules.rule(first), self.so_far.placements(first)
         assert rule is not None
-        query, key = placements[site.query.index], placements[site.key.index]
         if self.attention == "replicate":
             return Region({node: NodePlan(None, (REPLICATED,)) for node in site.nodes}, "replicate", "as asked for")
+        placements[site.query.index] = self._query_home(site)
+        query, key = placements[site.query.index], placements[site.key.index]
         if not isinstance(query, Sharded) and not isinstance(key, Sharded):
-            return Region({}, "replicate", "no operand is sharded")
+            rows = self.rules.hint(self.rules.shape(self.rules.operands(first)[site.query.index])[site.query.dim])
+            few = f"{rows} rows of queries are fewer than {self.parts} ranks"
+            return Region({}, "replicate", few if rows < self.parts else "no operand is sharded")
         candidates = self._candidates(site, rule, placements)
         asked = [each for each in candidates if self.attention == each.strategy or each.strategy == "local"]
         if self.attention == "auto":  # the memory of padding has no price, and is not more than doubled
@@ -121,13 +124,22 @@ class SitePlanner:
             return Region({}, "replicate", "no dimension that every op of the site passes")
         best = min(asked or candidates, key=self._seconds)  # the first of equals, which is at home
         if self.attention != "auto":
-            told = "as asked for" if asked else f"not every op of the site passes {self.attention}, as asked for"
+            told = "as asked for" if asked else f"not every op of the site passes {self.attention}"
             return Region(best.nodes, best.strategy, best.told if best.strategy == "local" else told)
         least: dict[str, float] = {}
         for each in sorted(candidates, key=self._seconds):
             least.setdefault(each.strategy, self._seconds(each))
         prices = ", ".join(f"{strategy} {_readable(seconds)}" for strategy, seconds in least.items())
         return Region(best.nodes, best.strategy, f"{best.told}: {prices}")
+
+    def _query_home(self, site: AttentionSite) -> Placement:
+        """Where the queries of a site are; or where the site cuts them, if all of its operands come whole."""
+        query, key = (self.rules.operands(end.node)[end.index] for end in (site.query, site.key))
+        arrived = self.so_far.placement(query)
+        if isinstance(arrived, Sharded) or isinstance(self.so_far.placement(key), Sharded):
+            return arrived
+        mark = self.so_far.marks.get(source_of(query), REPLICATED)
+        return mark if self.rules.is_activation(query) else REPLICATED
 
     def _candidates(
         self, site: AttentionSite, rule: OpShardingRule, placements: Sequence[Placement]
@@ -196,7 +208,7 @@ class SitePlanner:
 
     def _arrival(self, value: fx.Node) -> Placement:
         """The placement in which a value reaches a site; a value operand may stand behind the scores."""
-        planned = source_of(value)[0] in self.so_far.nodes
+        planned = value.op == "placeholder" or source_of(value)[0] in self.so_far.nodes
         return self.so_far.placement(value) if planned else self.so_far.marks.get(source_of(value), REPLICATED)
 
     def _results(self, node: fx.Node, plan: NodePlan) -> Iterator[tuple[fx.Node, Placement, Placement]]:
@@ -251,7 +263,7 @@ class SitePlanner:
                 return None
             at_home = [_result(homes, operand) for operand in operands]
             if node is site.query.node:
-                at_home[site.query.index] = self.so_far.placement(operands[site.query.index])
+                at_home[site.query.index] = self._query_home(site)
             carried = [rule.carry(at, at_home) for at, home in enumerate(at_home) if isinstance(home, Sharded)]
             whole = tuple(REPLICATED for _ in sharding.results)
             homes[node] = next((each for each in carried if each != whole), whole)

@@ -24,6 +24,18 @@ def group_size(group: str) -> int:
     return _get_group_size_by_name(GroupName(group))
 
 
+def apart(x: Tensor) -> Tensor:
+    """`x` as a tensor that autograd takes for no view: nobody else reads the memory that it is a view of.
+
+    A view that a custom Function returns may not be written to. One without elements is returned as it is: torch's fake
+    tensors tell other strides of it than real ones have.
+    """
+    if any(isinstance(size, int) and size == 0 for size in x.shape):
+        return x
+    result: Tensor = torch.ops.aten._unsafe_view.default(x, x.shape)
+    return result
+
+
 def as_transported(x: Tensor) -> Tensor:
     """`x`, or a view of its bytes, a new last dimension, if transports refuse it."""
     if x.dtype in TRANSPORTED:
@@ -34,7 +46,7 @@ def as_transported(x: Tensor) -> Tensor:
 
 def as_before(data: Tensor, dtype: torch.dtype) -> Tensor:
     """The inverse of `as_transported`."""
-    return data if dtype in TRANSPORTED else data.contiguous().view(dtype).squeeze(-1)
+    return data if dtype in TRANSPORTED else apart(data.contiguous().view(dtype).squeeze(-1))
 
 
 def moved(move: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

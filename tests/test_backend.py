@@ -428,6 +428,6 @@ def test_one_line_of_information_a_graph(caplog: pytest.LogCaptureFixture) -> No
         run_simulated(nn.Linear(12, 12).double(), (tokens(1, 1, 12),), parts=2)
     sharded, plain = [each.getMessage() for each in caplog.records if each.levelno == logging.INFO]
     assert "on 2 ranks: attention sites: 1 ulysses; 3 collectives, " in sharded
-    assert "bytes received per rank, forward; 100.0% of FLOPs sharded; 0 fallbacks; planned in 0." in sharded
+    assert "bytes received per rank, forward; 100.0% of FLOPs sharded; 0 fallbacks; planned in " in sharded
     assert "attention sites: none; 0 collectives, 0 bytes" in plain and "0.0% of FLOPs sharded" in plain
     assert len(caplog.records) == 2

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sp_compile.cost import contraction_flops, flops, peak_activation_bytes, planned_flops
+from sp_compile.cost import contraction_flops, flops, is_uncounted, peak_activation_bytes, planned_flops
 from sp_compile.debug import unsharded_graphs
 from sp_compile.graph import GraphRules
 
@@ -204,3 +204,26 @@ def test_unsharded_graphs_say_why(module: type[nn.Module], captured: bool) -> No
     else:
         assert found.plan is None
         assert "hook" in found.reason
+
+
+def attention_node(query: torch.dtype, value: torch.dtype) -> fx.Node:
+    graph = fx.Graph()
+    operands = [graph.placeholder(name) for name in "qkv"]
+    for operand, dtype in zip(operands, (query, query, value), strict=True):
+        operand.meta["val"] = torch.empty(1, 2, 7, 4, dtype=dtype, device="meta")
+    node = graph.call_function(torch.ops.aten.scaled_dot_product_attention.default, tuple(operands))
+    node.meta["val"] = operands[0].meta["val"]
+    return node
+
+
+def test_what_autocast_brings_to_one_dtype_is_counted_outside_of_it() -> None:
+    mixed = attention_node(torch.float32, torch.bfloat16)
+    assert contraction_flops(mixed) == contraction_flops(attention_node(torch.float64, torch.float64)) == 4 * 2 * 49 * 4
+
+
+def test_what_cannot_be_counted_is_unknown_and_no_error() -> None:
+    node = attention_node(torch.float32, torch.float32)
+    assert not is_uncounted(node)
+    key: Any = node.args[1]
+    key.meta["val"] = torch.empty(1, 2, 7, 3, device="meta")  # of another width: the op raises
+    assert is_uncounted(node) and contraction_flops(node) == flops(node) == 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,11 +17,15 @@ from torch.utils.checkpoint import checkpoint
 
 from sp_compile import (
     FallbackError,
+    init_sequence_parallel,
     register_sharding_rule,
     replicated_region,
+    sp_backend,
 )
+from sp_compile.debug import unsharded_graphs
+from sp_compile.simulation import fake_world
 
-from .equivalence import assert_equivalent, collectives, run_simulated, tokens
+from .equivalence import assert_equivalent, collectives, known_graphs, rewritten_since, run_simulated, tokens
 from .programs import Parts
 from .test_passes import Block
 
@@ -233,3 +239,82 @@ def test_an_opaque_part_is_refused_or_runs_whole() -> None:
     assert [site.strategy for site in graph.plan.sites] == ["ulysses", "ulysses"]
     with pytest.raises(Exception, match=r"autograd_function_apply_0 runs on gathered.*; opt it out with"):
         run_simulated(module, (tokens(1, 7, 12),), parts=3, options={"strict": True})
+
+
+@pytest.mark.parametrize(
+    ("shape", "asked", "said"),
+    [
+        (
+            (1, 3, 1, 4),
+            "ulysses",
+            "attention runs by 'replicate', not by 'ulysses' as asked for: 1 rows of queries are",
+        ),
+        ((13, 4), "ulysses", ""),
+        ((1, 3, 13, 4), "ulysses", ""),
+        ((1, 3, 13, 4), "auto", ""),
+    ],
+)
+def test_a_strategy_that_cannot_be_had_is_told(
+    shape: tuple[int, ...], asked: str, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "sp_compile"):
+        assert_equivalent(
+            Heads(), [tokens(*shape) for _ in "qkv"], parts=2, options={"attention": asked}, must_shard=not said
+        )
+    assert (said in caplog.text) if said else not caplog.text
+
+
+class Heads(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What we have said, and not torch."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("sp_compile")]
+
+
+@contextmanager
+def two_ranks() -> Iterator[Callable[[Any], Any]]:
+    """What compiles for one rank of two, which moves nothing."""
+    with fake_world(2):
+        torch._dynamo.reset()
+        init_sequence_parallel()
+        yield partial(torch.compile, backend=partial(sp_backend, options={"inner_backend": "eager"}))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Muon])
+def test_nothing_is_told_of_an_optimizer(kind: type[torch.optim.Optimizer], caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Linear(12, 12, bias=False)
+    model(torch.randn(3, 12)).sum().backward()
+    optimizer = kind(model.parameters(), lr=0.1)  # type: ignore[call-arg]
+    before, known = model.weight.detach().clone(), known_graphs()
+    with caplog.at_level(logging.WARNING, "sp_compile"), two_ranks() as compiled:
+        compiled(optimizer.step)()
+    assert not told(caplog) and not rewritten_since(known) and not torch.equal(before, model.weight)
+
+
+def test_a_backward_that_is_compiled_by_itself_stays_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    """Its values are the rows of a rank: cut once more they would be others'."""
+    known = known_graphs()
+    caplog.set_level(logging.WARNING, "sp_compile")
+    with two_ranks() as compiled, torch._dynamo.compiled_autograd._enable(compiled):
+        compiled(Block())(torch.randn(1, 7, 12)).cumsum(1).sum().backward()
+    assert len(rewritten_since(known)) == 1 and not told(caplog)
+    assert {graph.reason[:18] for graph in unsharded_graphs() if graph.name not in known} == {"it is the backward"}
+
+
+def test_ranks_without_a_group_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Once; and strictly not at all."""
+    with fake_world(2), caplog.at_level(logging.WARNING, "sp_compile"):
+        for _ in range(2):
+            torch._dynamo.reset()
+            torch.compile(Block(), backend=partial(sp_backend, options={"inner_backend": "eager"}))(
+                torch.randn(1, 7, 12)
+            )
+        assert caplog.text.count("there are 2 ranks and no SP group, so that each of them does all the work") == 1
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=r"2 ranks and no SP group.*init_sequence_parallel"):
+            torch.compile(Block(), backend=partial(sp_backend, options={"strict": True}))(torch.randn(1, 7, 12))
+    torch._dynamo.reset()

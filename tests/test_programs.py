@@ -205,8 +205,37 @@ def positions_up_to_an_item(m: Parts, x: Tensor, n: Tensor) -> Any:
     return m.block(x) + m.table(torch.arange(length))
 
 
+def positions_of_pieces(m: Parts, x: Tensor, n: Tensor) -> Any:
+    sizes = torch.cat([n, 13 - n]).tolist()
+    y = m.block(x) + torch.cat([torch.arange(each) for each in sizes])[None, :, None]
+    first, second = y.split(sizes, 1)
+    return y, first * 2, second.sum()
+
+
+def a_grid_of_two_items(m: Parts, x: Tensor, n: Tensor) -> Any:
+    height, width = torch.cat([n, n + 3]).tolist()
+    return m.block(x) + (torch.arange(height)[:, None] * torch.arange(width)[None]).sum()
+
+
+def moved_by_an_item(m: Parts, x: Tensor, n: Tensor) -> Any:
+    first = n.item()
+    torch._check(0 <= first <= 9)
+    return m.block(x.roll(first, 1)).narrow(1, first, 4), m.block(x, attn_mask=torch.ones(13, 13).tril(first).bool())
+
+
 @pytest.mark.parametrize("parts", [3, 4])
-@pytest.mark.parametrize("body", [scaled_by_an_item, cut_at_an_item, as_many_as_are_positive, positions_up_to_an_item])
+@pytest.mark.parametrize(
+    "body",
+    [
+        scaled_by_an_item,
+        cut_at_an_item,
+        as_many_as_are_positive,
+        positions_up_to_an_item,
+        positions_of_pieces,
+        a_grid_of_two_items,
+        moved_by_an_item,
+    ],
+)
 def test_sizes_that_are_read_from_tensors(body: Callable[..., Any], parts: int) -> None:
     """Dynamo may be told to go on where a number is read; what has such a size, which may be 0, runs whole."""
     x = torch.randn(1, 13, 12, dtype=torch.float64, requires_grad=True)

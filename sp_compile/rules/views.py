@@ -228,6 +228,8 @@ def split_rule(call: OpCall) -> OpShardingRule | None:
     (at,) = wrap(call["dim"], len(dims))
     rows = _streams(_specs(call), at)
     streams = [factor for dim in rows for factor in dim]
+    if not streams:  # no rows to take apart
+        return fit(call, [dims], [dims] * len(rows), need_replication=frozenset({f"d{at}"}), movement=True)
 
     def split(local: LocalOp) -> tuple[fx.Node, ...]:
         blocks = [p.layout.local_size(local.parts) if isinstance(p, Sharded) else 0 for p in local.results]
@@ -236,8 +238,6 @@ def split_rule(call: OpCall) -> OpShardingRule | None:
         return tuple(local.emit(getitem, pieces, index) for index in range(len(blocks)))
 
     results = [[*dims[:at], dim, *dims[at + 1 :]] for dim in rows]
-    if len(rows) == 1:
-        return fit(call, results, results, movement=True)
     operand = [*dims[:at], Joined(tuple(streams)) if len(streams) > 1 else (streams[0],), *dims[at + 1 :]]
     return fit(call, [operand], results, movement=True, bodies=dict.fromkeys(streams, split))
 

@@ -22,7 +22,7 @@ def d_length_1(m: Parts, x: Tensor) -> Any:
     return m.block(m.block(x)).mean(1)
 
 
-@program((1, 2, 12), parts=4)
+@program((1, 2, 12), parts=4, shards=False)
 def length_2_on_4(m: Parts, x: Tensor) -> Any:
     y = m.block(x, is_causal=True)
     return (y, y.mean(1), y.amax(1), y.var(1), y[:, -1], (1 / y).sum(1))
@@ -136,3 +136,51 @@ def halves_of_seventeen(m: Parts, x: Tensor) -> Any:
 @program(ids(1, 1), parts=2, shards=False)
 def one_token_of_a_language_model(m: Parts, i: Tensor) -> Any:
     return m.head(m.block(m.table(i), is_causal=True))
+
+
+# Sizes that are numbers among the arguments, of pieces that are all or nothing
+
+
+def rows_of(m: Parts, x: Tensor) -> Tensor:
+    """Attention over `[S, C]`, as over one image without a batch."""
+    return m.block(x[None])[0]
+
+
+@program((13, 12), parts=2)
+def one_piece(m: Parts, x: Tensor) -> Any:
+    (y,) = F.silu(x).split([x.shape[0]], 0)
+    (z,) = F.silu(x).split(x.shape[0])
+    (u,) = torch.tensor_split(y + z, 1)
+    return rows_of(m, u)
+
+
+@program((13, 12), parts=3, dynamic=True)
+def d_one_piece(m: Parts, x: Tensor) -> Any:
+    (y,) = F.silu(x).split([x.shape[0]], 0)
+    (z,) = rows_of(m, y).split([x.shape[0]], 0)
+    return z * 2
+
+
+@program((13, 12), parts=3)
+def pieces_without_rows(m: Parts, x: Tensor) -> Any:
+    none, y, nothing = F.silu(x).split([0, x.shape[0], 0], 0)
+    more, still = none.split([0, 0], 0)
+    return rows_of(m, y) + nothing.sum(), none, more + still
+
+
+@program((13, 12), parts=2)
+def as_many_as_there_are(m: Parts, x: Tensor) -> Any:
+    length, width = x.shape
+    y = F.silu(x).narrow(0, 0, length).unflatten(0, (length, 1))[:, 0].roll(length, 0).repeat(1, 1)
+    y = y[torch.arange(length)] + y.new_zeros(length, width) + x[:1].expand(length, width)
+    y = torch.cat([y.new_zeros(0, width), y.flatten().view(length, -1), y.narrow(0, length, 0)])
+    return rows_of(m, y.as_strided((length, width), (width, 1))[: length + 5])
+
+
+@program((13, 12), parts=4, dynamic=True)
+def d_as_many_as_there_are(m: Parts, x: Tensor) -> Any:
+    length, width = x.shape
+    y = F.silu(x).narrow(0, 0, length).unflatten(0, (length, 1))[:, 0].roll(length, 0).repeat(1, 1)
+    y = y[torch.arange(length)] + y.new_zeros(length, width) + x[:1].expand(length, width)
+    first, last = y.split([length - 2, 2], 0)
+    return rows_of(m, torch.cat([last, first, y.narrow(0, length, 0)]))
