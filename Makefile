@@ -1,8 +1,10 @@
 # Everything from a bare Python 3.10+: `make demo`, `make test`.
+# The newest torch:  make test-next      the quick tests, in a .venv-next of its own (6 GB: the wheels for CUDA)
 # Another torch:     make test TORCH=torch==2.14.0
 # CPU wheels only:   PIP_INDEX_URL=https://download.pytorch.org/whl/cpu PIP_EXTRA_INDEX_URL=https://pypi.org/simple make test
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TORCH_NEXT ?= torch==2.14.1
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +14,7 @@ INSTALLED := $(VENV)/installed-$(TORCH)
 export OMP_NUM_THREADS := 1
 export TORCHINDUCTOR_COMPILE_THREADS := 1
 
-.PHONY: demo test test-fast test-all lint clean
+.PHONY: demo test test-fast test-next test-all lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/print_graph.py
@@ -23,6 +25,9 @@ test: test-fast
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not full" -n 2
+
+test-next:
+	$(MAKE) test-fast VENV=.venv-next TORCH=$(TORCH_NEXT)
 
 # Also every model with every attention implementation and every P, its coverage, and every program with every P.
 test-all: test
@@ -42,4 +47,4 @@ $(INSTALLED): pyproject.toml
 	touch "$@"
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-next build *.egg-info

@@ -7,6 +7,7 @@ init_sequence_parallel()
 model = torch.compile(model, backend=sp_backend)
 """
 
+from . import _torch_version as _torch_version  # before all that may fail with another version
 from .backend import sp_backend
 from .config import SequenceParallelConfig
 from .debug import RewrittenGraph, rewritten_graphs

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import compiled_autograd
+from torch._dynamo.exc import SkipFrame
 from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing
 from torch._guards import TracingContext
 from torch._ops import OpOverload
@@ -37,9 +38,17 @@ from .canonicalize import STATE
 from .capture import CapturedGraph, capture
 from .config import SequenceParallelConfig
 from .debug import log_summary, record, record_unsharded
+from .dropped_backward import LOST, dropped_backward
 from .errors import CaptureError, ConfigurationError, FallbackError, user_line
 from .graph import GraphRules, leaving_no_symbols
-from .group import current_epoch, cuts_graphs_for_ddp, mesh_of, rank_tensor, resolve_group
+from .group import (
+    cached_while_groups_last,
+    current_epoch,
+    cuts_graphs_for_ddp,
+    mesh_of,
+    rank_tensor,
+    resolve_group,
+)
 from .guard import guard_graph
 from .inductor import inductor_settings
 from .ops import LOWERING_VERSION
@@ -79,10 +88,12 @@ def sp_backend(
         ConfigurationError: an option that does not exist, or a value that it does not take.
             With `strict`, several ranks and no SP group.
         FallbackError: with `strict`, something that cannot be sharded.
+        SkipFrame: to Dynamo, which then runs the frame in Python; see `dropped_backward`.
     """
     config = SequenceParallelConfig.from_options(options)
     group = resolve_group(config.group)
     _check_sharded_inputs(example_inputs, group)
+    _skip_what_has_lost_a_backward(gm, example_inputs, config.strict)
     if group is None:
         _report_no_group(config.strict)
     if group is None or group.size() == 1:
@@ -127,6 +138,18 @@ def _report_no_group(strict: bool) -> None:
 @functools.cache
 def _warn_once(text: str) -> None:
     log.warning("%s", text)
+
+
+def _skip_what_has_lost_a_backward(gm: fx.GraphModule, inputs: Sequence[Any], strict: bool) -> None:
+    """Have Python run the frame of a graph that would give other gradients than the model does."""
+    dropped = dropped_backward(gm, inputs)
+    if dropped is None:
+        return
+    text = f"the function that calls {dropped} under torch.vmap or torch.func is not compiled: {LOST}"
+    if strict:
+        raise FallbackError(f"{text}; without strict=True it runs in Python")
+    log.warning("%s", text)
+    raise SkipFrame(text)
 
 
 def _reject_cut_graphs() -> None:
@@ -310,7 +333,7 @@ def _leaving(
 
     kept = weakref.ref(group)  # a compiled callable does not keep a group that its owner has destroyed
 
-    @functools.cache
+    @cached_while_groups_last
     def mesh(device_type: str) -> DeviceMesh:
         alive = kept()
         assert alive is not None

@@ -19,11 +19,13 @@ from tabulate import tabulate
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
+from ._torch_version import TESTED, is_tested
 from .comparison import relative_error
 from .exchange import packed_exchange
 from .group import destroy_sequence_parallel, get_sequence_parallel_group, init_sequence_parallel, rank_tensor
 from .links import Links, measure_links
 from .sharding import Layout, Segment, whole_layout
+from .words import gather_json
 
 _TOLERANCE = 1e-5
 """float32."""
@@ -132,7 +134,9 @@ def _versions() -> dict[str, str]:
         own = version("sp-compile")
     except PackageNotFoundError:
         own = "not installed, imported from its folder"
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "sp_compile": own}
+    torch_version = str(torch.__version__)
+    torch_version += "" if is_tested(torch_version) else f", not tested: that is {' and '.join(TESTED)}"
+    return {"python": platform.python_version(), "torch": torch_version, "sp_compile": own}
 
 
 def _back_ends() -> dict[str, str]:
@@ -415,7 +419,11 @@ CHECKS: dict[str, Callable[[_Rank], _Errors]] = {
 
 
 def self_test(group: dist.ProcessGroup, device: torch.device) -> list[OpCheck]:
-    """Every `sp::` op over a group: forward and backward against the plain definition, the worst of all ranks."""
+    """Every `sp::` op over a group: forward and backward against the plain definition, the worst of all ranks.
+
+    Raises:
+        RankLostError, DataError: a rank ended meanwhile, or does not come.
+    """
     rank, mine = _Rank(group, device), list[OpCheck]()
     for name, check in CHECKS.items():
         try:
@@ -423,9 +431,8 @@ def self_test(group: dist.ProcessGroup, device: torch.device) -> list[OpCheck]:
             mine.append(OpCheck(name, device.type, forward, backward))
         except Exception as error:  # whatever it is: it belongs in the table
             mine.append(OpCheck(name, device.type, float("inf"), None, f"{type(error).__name__}: {error}"))
-    found: list[list[OpCheck]] = [mine] * group.size()
-    if group.size() > 1:
-        dist.all_gather_object(found, mine, group=group)
+    said = gather_json([*map(asdict, mine)], group, "doctor") if group.size() > 1 else [[*map(asdict, mine)]]
+    found = [[OpCheck(**check) for check in checks] for checks in said]
     return [max(of_ranks, key=_badness) for of_ranks in zip(*found, strict=True)]
 
 

@@ -37,6 +37,7 @@ from torch.utils.flop_counter import flop_registry
 from .backend import PlannedGraph, plan_graph
 from .config import SequenceParallelConfig
 from .cost import SiteSizes, attention_bytes, flops, is_uncounted, peak_activation_bytes, planned_flops, received
+from .dropped_backward import LOST, dropped_backward
 from .errors import CaptureError, ConfigurationError, user_line
 from .graph import GraphRules
 from .links import Links
@@ -201,7 +202,10 @@ def _explain_graph(
     parts: int,
     name: str,
 ) -> _Explained:
-    ends = _break(gm)
+    ends, dropped = _break(gm), dropped_backward(gm, example_inputs)
+    if dropped is not None:
+        why = f"it runs in Python, for it calls {dropped} under torch.vmap or torch.func: {LOST}"
+        return _Explained(Graph(name, why, ends, [], [], [], [], []))
     try:
         planned = plan_graph(gm, example_inputs, config, group, parts)
     except CaptureError as error:

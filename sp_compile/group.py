@@ -13,9 +13,14 @@ apart, so that a broadcast in flight never interleaves with the collectives of a
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -27,7 +32,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from sp_compile.errors import ConfigurationError
+from sp_compile.words import delete_addresses, timeout_of
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 MESH_DIM_NAME = "sp"
@@ -51,7 +58,12 @@ class SequenceParallelState:
 _state = SequenceParallelState(epoch=0)
 
 
-def init_sequence_parallel(sequence_parallel_size: int | None = None, *, device_mesh: DeviceMesh | None = None) -> None:
+def init_sequence_parallel(
+    sequence_parallel_size: int | None = None,
+    *,
+    device_mesh: DeviceMesh | None = None,
+    timeout: timedelta | float | None = None,
+) -> None:
     """Make the SP group, the data group and the data-parallel group of this rank. Every rank of the world calls it.
 
     Under `torchrun` without a process group it initialises one: nccl where there are GPUs (the
@@ -61,30 +73,63 @@ def init_sequence_parallel(sequence_parallel_size: int | None = None, *, device_
         sequence_parallel_size: P, in ranks; rank r joins SP group r // P. Default: the whole world.
         device_mesh: take the SP groups from this mesh's dimension "sp" instead; its other
             dimensions, flattened, are data parallel. It covers every rank of the world.
+        timeout: how long a collective of these groups, and a call of `sp_compile.data`, waits for the other
+            ranks: seconds or a timedelta. Default: the timeout of the default process group.
 
     Raises:
         ConfigurationError: P does not divide the world, the mesh has no dimension "sp" or covers
-            a part of the world only, or there is neither a process group nor a launcher.
+            a part of the world only, the timeout is no time, or there is neither a process group nor
+            a launcher.
     """
     global _state
+    patience = _timedelta_of(timeout)
     if not dist.is_initialized():
-        _init_process_group_from_launcher()
+        _init_process_group_from_launcher(patience)
     sp_groups = (
         _contiguous_groups(sequence_parallel_size)
         if device_mesh is None
         else _groups_of_mesh(device_mesh, sequence_parallel_size)
     )
     destroy_sequence_parallel()
-    group, _ = dist.new_subgroups_by_enumeration(sp_groups, group_desc="sequence_parallel")
-    data_parallel_group, _ = dist.new_subgroups_by_enumeration(
-        [list(ranks) for ranks in zip(*sp_groups, strict=True)], group_desc="data_parallel"
-    )
-    data_group, _ = dist.new_subgroups_by_enumeration(sp_groups, backend=_data_backend(), group_desc="data")
+    world = dist.group.WORLD
+    assert world is not None
+    group, data_parallel_group, data_group = _new_groups(sp_groups, patience or timeout_of(world))
     optimize_ddp = _switch_off_ddp_optimizer() if group.size() > 1 else None
-    _state = SequenceParallelState(
-        _state.epoch + 1, group, data_parallel_group, data_group, dist.group.WORLD, optimize_ddp
-    )
+    _state = SequenceParallelState(_state.epoch + 1, group, data_parallel_group, data_group, world, optimize_ddp)
     torch._dynamo.reset()  # Dynamo does not guard on the group: what was compiled before compiles anew
+
+
+def _new_groups(sp_groups: list[list[int]], timeout: timedelta | None) -> list[ProcessGroup]:
+    """The SP group, the data-parallel group and the data group of this rank; none if one of them fails."""
+    columns = [list(ranks) for ranks in zip(*sp_groups, strict=True)]
+    made: list[ProcessGroup] = []
+    try:
+        for ranks, backend, description in (
+            (sp_groups, None, "sequence_parallel"),
+            (columns, None, "data_parallel"),
+            (sp_groups, _data_backend(), "data"),
+        ):
+            # Without a timeout torch takes its own, not that of the world.
+            group, _ = dist.new_subgroups_by_enumeration(ranks, timeout, backend, group_desc=description)
+            made.append(group)
+            delete_addresses(group)
+    except BaseException:
+        for group in made:
+            dist.destroy_process_group(group)
+        raise
+    return made
+
+
+def _timedelta_of(timeout: object) -> timedelta | None:
+    if timeout is None:
+        return None
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0.001 <= seconds < 1e9:
+        raise ConfigurationError(
+            f"timeout={timeout!r}. It takes seconds or a datetime.timedelta, at least a millisecond, or None for that "
+            "of the default process group."
+        )
+    return timedelta(seconds=seconds)
 
 
 def cuts_graphs_for_ddp() -> bool:
@@ -116,9 +161,26 @@ def destroy_sequence_parallel() -> None:
     if state.optimize_ddp is not None:
         torch._dynamo.config.optimize_ddp = state.optimize_ddp  # type: ignore[assignment]
     torch._dynamo.reset()
-    dist.destroy_process_group(state.group)
-    dist.destroy_process_group(state.data_parallel_group)
-    dist.destroy_process_group(state.data_group)
+    for cached in _caches:
+        cached.cache_clear()
+    _clear_sharding_prop_cache()  # its meshes keep their groups
+    for group in (state.group, state.data_parallel_group, state.data_group):
+        assert group is not None
+        dist.destroy_process_group(group)
+
+
+_caches: WeakSet[functools._lru_cache_wrapper[object]] = WeakSet()
+
+
+def cached_while_groups_last(function: Callable[[str], T]) -> Callable[[str], T]:
+    """`functools.cache` of what refers to the groups; it is emptied when `destroy_sequence_parallel` ends them.
+
+    A compiled callable may outlive its groups: torch's flight recorder remembers the stack of a process's last
+    collectives, the code in it keeps what Dynamo compiled.
+    """
+    cached = functools.cache(function)
+    _caches.add(cached)
+    return cached
 
 
 def is_sequence_parallel_initialized() -> bool:
@@ -227,7 +289,7 @@ def _live_state() -> SequenceParallelState:
     return _state
 
 
-def _init_process_group_from_launcher() -> None:
+def _init_process_group_from_launcher(timeout: timedelta | None) -> None:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         raise ConfigurationError(
             "there is no process group, and the environment has no RANK and WORLD_SIZE to make "
@@ -236,9 +298,9 @@ def _init_process_group_from_launcher() -> None:
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl")
+        dist.init_process_group("nccl", timeout=timeout)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timeout)
 
 
 def _data_backend() -> str | None:

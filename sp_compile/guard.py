@@ -48,6 +48,7 @@ from .checksums import checksums_of, generator_checksums
 from .config import SequenceParallelConfig
 from .debug import RewrittenGraph, format_graph
 from .errors import ConfigurationError, SequenceParallelError
+from .words import TRANSPORT, end_collectives, end_gloo
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,6 @@ GRACE = 3.0
 COMPILING = timedelta(days=1).total_seconds()
 """How late a rank may be for the first call of a graph: it may have to compile what others found in a cache."""
 
-_TRANSPORT = re.compile(r"gloo|nccl|application timeout|connection (closed|reset)|broken pipe|socket", re.IGNORECASE)
 _PLACE = re.compile(r"^# (.*)$", re.MULTILINE)
 _BITS = (1 << 63) - 1
 
@@ -125,6 +125,8 @@ class Guard:
             self.fail(cause)
             self.raise_failure()
         event.agreed = True
+        if event.number == 0:
+            self._store.delete_key(f"connections/0/{self._rank}")  # where the others, now connected, have found it
         if event in self._pending:
             self._pending.remove(event)
 
@@ -133,7 +135,7 @@ class Guard:
         try:
             result = call(*args)
         except Exception as error:
-            if self._failure is None and isinstance(error, RuntimeError) and _TRANSPORT.search(str(error)):
+            if self._failure is None and isinstance(error, RuntimeError) and TRANSPORT.search(str(error)):
                 self.fail("lost", str(error))
             if self._failure is not None or self._failing.locked():
                 with self._failing:
@@ -260,8 +262,9 @@ class Guard:
     def _close_connections(self) -> None:
         peers, self._peers = self._peers, None
         if peers is not None:
-            _end_gloo(peers)
+            end_gloo(peers)
         self._pending.clear()
+        self._last = None  # its work would keep the descriptors and the thread of the connections
 
 
 _guards: weakref.WeakKeyDictionary[ProcessGroup, Guard] = weakref.WeakKeyDictionary()
@@ -290,26 +293,6 @@ def _is_registered(group: ProcessGroup) -> bool:
     except (KeyError, ValueError, RuntimeError):
         return False
     return True
-
-
-def end_collectives(group: ProcessGroup) -> None:
-    """Make what this process waits for in a group fail, there and on the ranks that wait for it. The group is lost."""
-    for device in group._device_types:
-        backend = group._get_backend(device)
-        if isinstance(backend, dist.ProcessGroupGloo):
-            _end_gloo(backend)
-        else:
-            backend.abort()
-
-
-def _end_gloo(backend: Any) -> None:
-    """`abort` of a gloo group does nothing (torch 2.13). One receive that times out closes its connections."""
-    other, nothing = (backend.rank() + 1) % backend.size(), torch.zeros(1, device="cpu")
-    for tag in range(8):  # a context for each network interface takes its turn by the tag
-        try:
-            backend.recv([nothing], other, tag).wait(timedelta(milliseconds=1))
-        except RuntimeError:
-            continue
 
 
 class GuardedGraph:

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .errors import ConfigurationError
 from .group import resolve_group
+from .words import explaining_failures
 
 _SMALL, _LARGE = 1, 1 << 22
 """Elements that each rank sends to every other: of one launch hardly any data, of the other mostly data."""
@@ -65,18 +66,23 @@ def measure_links(group: ProcessGroup | DeviceMesh | None = None, repeats: int =
 
     Raises:
         ConfigurationError: there is no SP group, or it is of one rank.
+        RankLostError, DataError: a rank ended meanwhile, or does not come.
     """
     ranks = resolve_group(group)
     if ranks is None or ranks.size() == 1:
         raise ConfigurationError("there are no links to measure: call init_sequence_parallel() on more than one rank")
-    device = torch.device(dist.distributed_c10d._get_pg_default_device(ranks))
-    latency = _median_seconds(ranks, device, _SMALL, repeats)
-    share = _LARGE // ranks.size()
-    moving = max(_median_seconds(ranks, device, share, repeats) - latency, 1e-9)
-    flops = 2 * _WIDTH**3 / _median_product(ranks, device, repeats)
-    measured = torch.tensor([4 * share * (ranks.size() - 1) / moving, latency, flops], dtype=torch.float64)
+    with explaining_failures(ranks, "measure_links"):
+        return _measured(ranks, torch.device(dist.distributed_c10d._get_object_coll_device(ranks)), repeats)
+
+
+def _measured(group: ProcessGroup, device: torch.device, repeats: int) -> Links:
+    latency = _median_seconds(group, device, _SMALL, repeats)
+    share = _LARGE // group.size()
+    moving = max(_median_seconds(group, device, share, repeats) - latency, 1e-9)
+    flops = 2 * _WIDTH**3 / _median_product(group, device, repeats)
+    measured = torch.tensor([4 * share * (group.size() - 1) / moving, latency, flops], dtype=torch.float64)
     measured = measured.to(device)
-    dist.broadcast(measured, group=ranks, group_src=0)
+    dist.broadcast(measured, group=group, group_src=0)
     return Links(*measured.tolist())
 
 

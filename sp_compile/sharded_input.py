@@ -11,11 +11,10 @@ something else than a compiled graph would read it, in eager code say, it raises
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.distributed import ProcessGroup
@@ -26,6 +25,7 @@ from torch.utils import _pytree as pytree
 from sp_compile.errors import DataError
 from sp_compile.group import rank_tensor, resolve_group
 from sp_compile.sharding import block_rows
+from sp_compile.words import gather_json
 
 
 class ShardedInput(Tensor):
@@ -105,6 +105,7 @@ def sharded_input(
 
     Raises:
         DataError: the rows are not such chunks. Without `size`, on every rank.
+        RankLostError: a rank has ended, without `size`.
     """
     group = resolve_group(group)
     if not -rows.dim() <= dim < rows.dim():
@@ -112,14 +113,14 @@ def sharded_input(
     dim %= rows.dim()
     if group is None or group.size() == 1:
         return rows
-    parts = group.size()
+    parts, rank, name = group.size(), rank_tensor(group, rows.device), group.group_name
+    held = dict(_held_here(rows, dim, rank))
     if size is None:
-        held = _rows_of_all(rows, dim, group)
-        size = sum(held)
-        _check_chunks(held, size, dim)
-    elif isinstance(rows.shape[dim], int):
-        _check_rows(rows.shape[dim], dist.get_rank(group), parts, size, dim)
-    block, rank, name = block_rows(size, 1, parts), rank_tensor(group, rows.device), group.group_name
+        held = held if len(held) == parts else _rows_of_all(rows, dim, group)
+        size = sum(held.values())
+    for place, count in held.items():
+        _check_rows(count, place, parts, size, dim)
+    block = block_rows(size, 1, parts)
     padding = [*rows.shape[:dim], block, *rows.shape[dim + 1 :]]
     local = rows.contiguous()
     if size != block * parts:
@@ -144,21 +145,25 @@ def sharded_inputs(
     }
 
 
-def _rows_of_all(rows: Tensor, dim: int, group: ProcessGroup) -> list[int]:
+def _held_here(rows: Tensor, dim: int, rank: Tensor) -> Iterator[tuple[int, int]]:
+    """How many rows this rank holds, by its place in the group; or each of the ranks that this process simulates."""
+    if isinstance(rank, LocalTensor):
+        for simulated, place in rank._local_tensors.items():
+            own = rows._local_tensors[simulated] if isinstance(rows, LocalTensor) else rows
+            yield int(place), own.shape[dim]
+    elif isinstance(rows.shape[dim], int):
+        yield int(rank), rows.shape[dim]
+
+
+def _rows_of_all(rows: Tensor, dim: int, group: ProcessGroup) -> dict[int, int]:
     """How many rows each rank holds; checks that nothing else differs."""
     others = [*rows.shape[:dim], *rows.shape[dim + 1 :]]
-    said: list[Any] = [None] * group.size()
-    dist.all_gather_object(said, (rows.shape[dim], dim, others, str(rows.dtype)), group=group)
+    said = gather_json([rows.shape[dim], dim, others, str(rows.dtype)], group, "sharded_input")
     for rank, each in enumerate(said):
         if each[1:] != said[0][1:]:
             ours, theirs = (f"dimension {d} of {dtype} beside {sizes}" for _, d, sizes, dtype in (said[0], each))
             raise DataError(f"rank 0 holds rows of {ours}, rank {rank} of {theirs}: ranks hold rows of one tensor")
-    return [each[0] for each in said]
-
-
-def _check_chunks(held: Sequence[int], size: int, dim: int) -> None:
-    for rank, count in enumerate(held):
-        _check_rows(count, rank, len(held), size, dim)
+    return {rank: each[0] for rank, each in enumerate(said)}
 
 
 def _check_rows(count: int, rank: int, parts: int, size: int, dim: int) -> None:

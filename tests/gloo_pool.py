@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import pickle
+import socket
 import tempfile
 import time
 import traceback
@@ -12,7 +13,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -41,10 +41,13 @@ class RankTimeout(Exception):
 
 
 class GlooPool:
-    """`world_size` processes in one gloo group; started by the first `run`."""
+    """`world_size` processes in one gloo group; started by the first `run`.
 
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
+    They meet in a file, or by `tcp`, as under torchrun: every group then has connections to the store of rank 0.
+    """
+
+    def __init__(self, world_size: int, tcp: bool = False) -> None:
+        self.world_size, self._tcp = world_size, tcp
         self._ranks: list[tuple[ForkServerProcess, Connection]] = []
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
@@ -98,7 +101,10 @@ class GlooPool:
         self._ranks = []
 
     def _start(self) -> None:
-        rendezvous = Path(tempfile.mkdtemp(prefix="sp_compile_gloo_")) / "store"
+        rendezvous = f"file://{tempfile.mkdtemp(prefix='sp_compile_gloo_')}/store"
+        if self._tcp:
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                rendezvous = f"tcp://127.0.0.1:{free.getsockname()[1]}"
         for rank in range(self.world_size):
             ours, theirs = _CONTEXT.Pipe()
             process = _CONTEXT.Process(target=_serve, args=(rank, self.world_size, rendezvous, theirs), daemon=True)
@@ -122,12 +128,12 @@ def collect_rarely() -> None:
     gc.set_threshold(20_000, 50, 50)
 
 
-def _serve(rank: int, world_size: int, rendezvous: Path, connection: Connection) -> None:
+def _serve(rank: int, world_size: int, rendezvous: str, connection: Connection) -> None:
     collect_rarely()
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{rendezvous}",
+        init_method=rendezvous,
         rank=rank,
         world_size=world_size,
         timeout=timedelta(minutes=10),

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import collections
+import json
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from tokenizers import Tokenizer, models
 from torch.distributed.device_mesh import init_device_mesh
+from transformers import PreTrainedTokenizerFast
 
 from sp_compile import group as sp
 from sp_compile.data import SPDistForward, check_same_inputs, sp_sampler, sync_data, sync_inputs
 from sp_compile.errors import ConfigurationError
 from sp_compile.simulation import fake_world
+from sp_compile.structure import Structure, build
 
 
 def check_pass_through() -> None:
@@ -85,3 +93,51 @@ def test_inputs_move_on_a_group_apart(as_mesh: bool) -> None:
 def test_what_is_on_the_cpu_can_move_too(monkeypatch: pytest.MonkeyPatch, world: str, data: str | None) -> None:
     monkeypatch.setattr(dist, "get_backend_config", lambda: world)
     assert sp._data_backend() == data
+
+
+class Marked(dict[str, Any]):
+    pass
+
+
+def marked(**attributes: Any) -> Marked:
+    made = Marked(x=1)
+    made.__dict__.update(attributes)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        ({"f": abs}, "batch['f'] is a builtins.builtin_function_or_method; what goes from rank to rank is tensors"),
+        ([1, ("x", range(3))], r"batch[1][1] is a builtins.range"),
+        ({"x": [np.array([None])]}, "batch['x'][0] is a numpy array of object"),
+        (collections.defaultdict(lambda: 0), "batch is a defaultdict of <function"),
+        ({2: collections.namedtuple("Pair", "one other")(1, object())}, "batch[2].other is a builtins.object"),
+        ({object: 1}, "a key of batch is a builtins.type"),
+        (marked(scale=object()), "batch.scale is a builtins.object"),
+    ],
+)
+def test_what_a_batch_cannot_have(batch: Any, words: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        Structure(batch)
+    assert str(caught.value).startswith(words)
+
+
+def rebuilt(batch: Any) -> Any:
+    structure = Structure(batch)
+    return build(json.loads(json.dumps(structure.json)), structure.tensors, structure.buffers, structure.classes)
+
+
+def test_what_a_container_keeps_to_itself_is_left_out() -> None:
+    """As a fast tokenizer's output does its `Encoding`s, and the tensors in what cannot be sent."""
+    x = torch.ones(2)
+    batch = {"odd": marked(_cache=[x, object()], _seen=[x], scale=3), "x": x}
+    structure = Structure(batch)
+    assert len(structure.tensors) == 1 and structure.tensors[0] is x
+    found = rebuilt(batch)
+    assert vars(found["odd"]) == {"_seen": [x], "scale": 3} and found["x"] is found["odd"]._seen[0]
+    words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    encoding = PreTrainedTokenizerFast(tokenizer_object=words)(["a", "b"], return_tensors="pt")
+    assert encoding.is_fast
+    found = rebuilt(encoding)
+    assert type(found) is type(encoding) and found["input_ids"].tolist() == [[0], [1]] and not found.is_fast

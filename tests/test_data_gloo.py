@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import gc
+import json
+import os
+import pickle
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import BatchEncoding
+from transformers.modeling_outputs import BaseModelOutput
 
-from sp_compile import data
+from sp_compile import data, init_sequence_parallel, sharded_input, words
 from sp_compile.data import SPDistForward, check_same_inputs, sync_data, sync_inputs
+from sp_compile.doctor import self_test
 from sp_compile.errors import DataError
-from sp_compile.group import get_data_group, get_sequence_parallel_rank, get_sequence_parallel_world_size
+from sp_compile.group import (
+    get_data_group,
+    get_sequence_parallel_group,
+    get_sequence_parallel_rank,
+    get_sequence_parallel_world_size,
+)
 from tests.gloo_pool import GlooPool, RankTimeout
 
 pytestmark = pytest.mark.slow
@@ -272,15 +289,14 @@ def test_every_rank_hears_of_an_error(gloo2: GlooPool, case: str, words: str) ->
 
 
 def come_alone() -> str:
-    data.PATIENCE = data.timedelta(seconds=0.3)
-    try:
-        return error_of(lambda: get_sequence_parallel_rank() == 0 and check_same_inputs(torch.ones(1)))
-    finally:
-        data.PATIENCE = data.timedelta(minutes=30)
+    init_sequence_parallel(timeout=1.5)
+    text = error_of(lambda: get_sequence_parallel_rank() == 0 and check_same_inputs(torch.ones(1)))
+    dist.barrier()
+    return text
 
 
 def test_a_rank_that_does_not_come(gloo2: GlooPool) -> None:
-    assert "ranks [1] of the SP group did not come to check_same_inputs in 0:00:00.3" in gloo2.run(come_alone)[0]
+    assert "ranks [1] of the SP group did not come to check_same_inputs in 0:00:01.5" in gloo2.run(come_alone)[0]
 
 
 def objects() -> list[Any]:
@@ -331,6 +347,150 @@ def test_check_same_inputs(gloo3: GlooPool, case: str, words: str) -> None:
     assert len(set(texts)) == 1 and words in texts[0], texts
 
 
+class Payload:
+    """To unpickle it makes a folder."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.folder,)
+
+
+def a_pickle(folder: str, value: Any) -> bytes:
+    """In place of the JSON that reaches the others."""
+    is_part_of_a_word = not isinstance(value, list) or not isinstance(value[0], str | int | dict)
+    return json.dumps(value).encode() if is_part_of_a_word else pickle.dumps(Payload(folder))
+
+
+def a_structure(said: list[Any], classes: list[str], folder: str, value: Any) -> bytes:
+    """A batch that the rank does not have."""
+    is_batch = isinstance(value, list) and isinstance(value[0], list)
+    return json.dumps([[*said, folder], [], [], classes] if is_batch else value).encode()
+
+
+MALICIOUS: dict[str, Callable[[str, Any], bytes]] = {
+    "a pickle": a_pickle,
+    "a class": partial(a_structure, ["object", "os.mkdir()"], []),
+    "a class that it admits": partial(a_structure, ["object", "os.mkdir()"], ["os.mkdir()"]),
+    "a class of another kind": partial(a_structure, ["namedtuple", "os.mkdir()"], []),
+    "a maker": partial(a_structure, ["mkdir"], []),
+    "an array of objects": partial(a_structure, ["array", "O", [1]], []),
+}
+
+READERS: dict[str, Callable[[], object]] = {
+    "sync_inputs": lambda: list(sync_inputs({"x": torch.ones(2)})),
+    "check_same_inputs": lambda: check_same_inputs(torch.ones(2)),
+    "sharded_input": lambda: sharded_input(torch.ones(1, 4), 1),
+    "doctor": lambda: self_test(cast(dist.ProcessGroup, get_sequence_parallel_group()), torch.device("cpu")),
+}
+
+
+def attacked(reader: str, how: str, folder: str) -> str:
+    """What this rank raises where rank 1 says something else than it should; the groups are made anew."""
+    try:
+        with contextlib.ExitStack() as patches:
+            if get_sequence_parallel_rank() == 1:
+                for module in (data, words):
+                    patches.enter_context(patch.object(module, "as_json", partial(MALICIOUS[how], folder)))
+            READERS[reader]()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        init_sequence_parallel()
+    return "no error"
+
+
+def attacks(folder: str) -> list[tuple[str, str, str]]:
+    """Of each call by a pickle, and of `sync_inputs` by everything else: the call, the attack, and what was raised."""
+    cases = [(reader, "a pickle") for reader in READERS] + [("sync_inputs", how) for how in MALICIOUS]
+    return [(reader, how, attacked(reader, how, folder)) for reader, how in cases]
+
+
+def test_nothing_that_a_rank_says_is_executed(gloo2: GlooPool, tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    for reader, how, text in gloo2.run(attacks, str(folder))[0]:
+        print(f"{reader}, {how}: {text}")
+        assert text.startswith("DataError: ") and "rank 1" in text, (reader, how, text)
+    assert not folder.exists()
+
+
+def unpickled(folder: str) -> str:
+    payload = Payload(folder)
+    texts = error_of(lambda: list(sync_inputs({"x": [torch.ones(2), payload]})))
+    assert not Path(folder).exists()
+    with contextlib.suppress(FileExistsError):
+        sync_data(payload, 1)
+    return texts
+
+
+def test_sync_data_alone_unpickles(gloo2: GlooPool, tmp_path: Path) -> None:
+    """So the payload is one."""
+    for text in gloo2.run(unpickled, str(tmp_path / "made")):
+        assert "rank 0 of the SP group cannot send its data: TypeError: batch['x'][1] is a tests.test_data_g" in text
+        assert "send it with sync_data, which pickles" in text
+    assert (tmp_path / "made").exists()
+
+
+class Folder(dict[str, Any]):
+    """A mapping with an attribute, and one that cannot be sent."""
+
+    def __init__(self, items: Any = (), **more: Any) -> None:
+        super().__init__(items, **more)
+        self._cache = open
+
+
+def loaded(rank: int) -> dict[str, Any]:
+    """What loaders give, without tensors at the top."""
+    folder = Folder({"x": torch.full((2,), rank), 3: None})
+    folder.task = f"task {rank}"  # type: ignore[attr-defined]
+    counts = collections.defaultdict(list, {"a": [rank]})
+    ordered = collections.OrderedDict([("b", 1), ("a", 2)])
+    numbers = [rank, -0.0, 1e300, 2**70, True, None, float("inf"), 1 + 2j]
+    texts = ["é\ud800", "", "a" * 3]
+    arrays = [np.arange(6.0).reshape(2, 3).T + rank, np.zeros((0, 2)), np.array(["a", "bc"]), np.array(3)]
+    encoding = BatchEncoding({"input_ids": torch.arange(3 + rank)}, n_sequences=1)
+    others = [torch.bfloat16, torch.device("cpu"), torch.Size([2, rank]), {1, 2}, b"\0bytes", b"", (), [], {}]
+    output = BaseModelOutput(last_hidden_state=torch.ones(rank + 1))
+    return {
+        "folder": folder,
+        "counts": counts,
+        "ordered": ordered,
+        "numbers": [*numbers, np.float32(1), Odd(rank)],
+        "texts": texts,
+        "arrays": arrays,
+        "encoding": encoding,
+        "others": others,
+        "output": output,
+    }
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Odd:
+    number: int
+    later: list[int] = dataclasses.field(default_factory=list)
+
+
+def every_kind_arrives() -> str:
+    for rank, found in enumerate(sync_inputs(loaded(get_sequence_parallel_rank()))):
+        expected = loaded(rank)
+        assert str(found) == str(expected)
+        for name in expected:
+            assert type(found[name]) is type(expected[name])
+        assert found["folder"].task == f"task {rank}" and found["folder"]._cache is open
+        assert found["counts"]["new"] == [] and found["encoding"].n_sequences == 1
+        for one, other in zip(found["arrays"], expected["arrays"], strict=True):
+            assert type(one) is type(other) and one.dtype == other.dtype and one.shape == other.shape
+        found["arrays"][0][0] = 5
+    batch = {"x": torch.ones(1), "sample": Odd(1)} if get_sequence_parallel_rank() else {"x": torch.ones(1)}
+    return error_of(lambda: list(sync_inputs(batch)))
+
+
+def test_what_loaders_give_arrives(gloo2: GlooPool) -> None:
+    for text in gloo2.run(every_kind_arrives):
+        assert "the batch of rank 1 has a tests.test_data_gloo.Odd(number, later), that of rank 0 has none" in text
+
+
 @dataclasses.dataclass
 class SlowWork:
     """A broadcast over a link that takes `seconds` for each, one after the other."""
@@ -338,7 +498,7 @@ class SlowWork:
     work: Any
     arrives: float
 
-    def wait(self) -> None:
+    def wait(self, timeout: timedelta | None = None) -> None:
         self.work.wait()
         time.sleep(max(0.0, self.arrives - time.monotonic()))
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.distributed._local_tensor import LocalTensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -13,6 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from sp_compile import group as sp
 from sp_compile.errors import ConfigurationError
 from sp_compile.simulation import fake_world, simulate
+from sp_compile.words import timeout_of
 from tests.gloo_pool import GlooPool, RankFailure, RankTimeout
 
 
@@ -112,8 +115,8 @@ def test_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_under_a_launcher(monkeypatch: pytest.MonkeyPatch, gpus: bool, backend: str) -> None:
     called: list[object] = []
 
-    def init_fake(name: str) -> None:
-        called.append(name)
+    def init_fake(name: str, timeout: timedelta | None) -> None:
+        called.extend([name, timeout])
         init_process_group("fake", rank=0, world_size=4, store=FakeStore())
 
     init_process_group = dist.init_process_group
@@ -122,12 +125,64 @@ def test_under_a_launcher(monkeypatch: pytest.MonkeyPatch, gpus: bool, backend: 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", called.append)
     monkeypatch.setattr(dist, "init_process_group", init_fake)
-    sp.init_sequence_parallel()
-    assert called == ([3] if gpus else []) + [backend]
+    sp.init_sequence_parallel(timeout=7)
+    assert called == ([3] if gpus else []) + [backend, timedelta(seconds=7)]
     assert sp.get_sequence_parallel_world_size() == 4
     sp.destroy_sequence_parallel()
     assert dist.is_initialized()
     dist.destroy_process_group()
+
+
+def timeouts() -> list[timedelta | None]:
+    groups = sp.get_sequence_parallel_group(), sp.get_data_parallel_group(), sp.get_data_group()
+    return [timeout_of(group) for group in groups if group is not None]
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"), [(None, 70), (3, 3), (2.5, 2.5), (timedelta(minutes=2), 120), (timedelta(hours=3), 10800)]
+)
+def test_all_groups_have_the_timeout_of_the_world_or_the_one_given(
+    given: timedelta | float | None, seconds: float
+) -> None:
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=70))
+    try:
+        sp.init_sequence_parallel(timeout=given)
+        assert timeouts() == [timedelta(seconds=seconds)] * 3
+        sp.init_sequence_parallel()
+        assert timeouts() == [timedelta(seconds=70)] * 3
+        sp.init_sequence_parallel(device_mesh=init_device_mesh("cpu", (1,), mesh_dim_names=("sp",)), timeout=given)
+        assert timeouts() == [timedelta(seconds=seconds)] * 3
+    finally:
+        sp.destroy_sequence_parallel()
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), True, "30", timedelta(0), timedelta.max])
+def test_a_timeout_that_is_no_time(timeout: Any) -> None:
+    with fake_world(2):
+        sp.init_sequence_parallel()
+        with pytest.raises(ConfigurationError, match=r"timeout=.* It takes seconds or a datetime.timedelta"):
+            sp.init_sequence_parallel(timeout=timeout)
+        assert sp.get_sequence_parallel_world_size() == 2, "the groups that there were are still there"
+
+
+def test_groups_that_cannot_all_be_made_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    make, made = dist.new_subgroups_by_enumeration, []
+
+    def fail_at_the_third(*args: Any, **kwargs: Any) -> Any:
+        if len(made) == 2:
+            raise RuntimeError("a rank did not come")
+        made.append(make(*args, **kwargs)[0])
+        return made[-1], None
+
+    with fake_world(4):
+        monkeypatch.setattr(dist, "new_subgroups_by_enumeration", fail_at_the_third)
+        with pytest.raises(RuntimeError, match="a rank did not come"):
+            sp.init_sequence_parallel(2)
+        assert not sp.is_sequence_parallel_initialized()
+        for group in made:
+            with pytest.raises(ValueError, match="Invalid process group"):
+                dist.destroy_process_group(group)
 
 
 def test_without_an_sp_group_every_rank_is_data_parallel() -> None:
@@ -247,6 +302,7 @@ def test_gloo(gloo2: GlooPool) -> None:
     assert isinstance(caught.value.__cause__, RankFailure)
     assert "on rank 1 of 2" in str(caught.value.__cause__)
     assert "in fail_on_rank_1" in str(caught.value.__cause__)
+    assert gloo2.run(place_and_sum, 1) == [(2, 3, [0]), (2, 3, [1])]  # by new processes, which take a while to start
     with pytest.raises(RankTimeout, match=r"wait_for_nobody: ranks \[0\] gave nothing"):
         gloo2.run(wait_for_nobody, timeout=2.0)
     assert gloo2.run(place_and_sum, 1) == [(2, 3, [0]), (2, 3, [1])]

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the bottom up. A package stands for all of its modules.
 LAYERS = (
-    {"errors"},
+    {"errors", "_torch_version"},
     {
         "sharding",
         "rule",
@@ -21,6 +21,8 @@ LAYERS = (
         "random_ops",
         "config",
         "group",
+        "words",
+        "structure",
         "links",
         "patch_embedding",
         "canonicalize",
@@ -29,6 +31,7 @@ LAYERS = (
         "sharded_input",
         "inductor",
         "capture",
+        "dropped_backward",
         "accounts",
         "checksums",
     },
@@ -127,3 +130,60 @@ def test_imports_that_are_right() -> None:
     assert complaints("from ..rule import parse\nfrom .views import x", "rules.linear") == []
     assert complaints("from sp_compile.sharding import Sharded", "passes.lower") == []
     assert complaints("import sp_compile.capture, sp_compile.passes", "backend") == []
+
+
+PICKLING = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal"}
+OBJECT_COLLECTIVES = {
+    "all_gather_object",
+    "gather_object",
+    "broadcast_object_list",
+    "scatter_object_list",
+    "send_object_list",
+    "recv_object_list",
+}
+"""Of torch.distributed; they pickle."""
+UNPICKLING_FUNCTIONS = {("data", "sync_data")}
+
+
+def unpicklers(source: str, module: str) -> list[str]:
+    """What `source`, the text of `module`, pickles or unpickles with, but in `UNPICKLING_FUNCTIONS`."""
+    tree = ast.parse(source)
+    allowed = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and (module, node.name) in UNPICKLING_FUNCTIONS
+        for inner in ast.walk(node)
+    }
+    used = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import) and module not in {each for each, _ in UNPICKLING_FUNCTIONS}:
+            used |= {alias.name for alias in node.names} & PICKLING
+        elif isinstance(node, ast.ImportFrom):
+            used |= {node.module} & PICKLING | {alias.name for alias in node.names} & {*OBJECT_COLLECTIVES, "load"}
+        elif isinstance(node, ast.Attribute) and node.attr in {*OBJECT_COLLECTIVES, "load"} and node not in allowed:
+            used.add(node.attr)
+        elif isinstance(node, ast.Name) and node.id in PICKLING and node not in allowed:
+            used.add(node.id)
+    return sorted(filter(None, used))
+
+
+@pytest.mark.parametrize("module", all_modules())
+def test_nothing_is_unpickled_but_by_sync_data(module: str) -> None:
+    assert unpicklers(source_of(module).read_text(), module) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "found"),
+    [
+        ("guard", "import pickle", ["pickle"]),
+        ("guard", "from pickle import loads", ["pickle"]),
+        ("guard", "dist.all_gather_object(a, b)", ["all_gather_object"]),
+        ("guard", "from torch.distributed import broadcast_object_list", ["broadcast_object_list"]),
+        ("guard", "torch.load(path)", ["load"]),
+        ("guard", "def sync_data():\n    import dill", ["dill"]),
+        ("data", "import pickle\ndef sync_data():\n    pickle.loads(x)", []),
+        ("data", "import pickle\ndef other():\n    pickle.loads(x)", ["pickle"]),
+    ],
+)
+def test_a_planted_unpickler_is_found(module: str, source: str, found: list[str]) -> None:
+    assert unpicklers(source, module) == found

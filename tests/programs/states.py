@@ -380,6 +380,11 @@ def a_gradient_of_all_rows_under_vmap(m: Parts, x: Tensor) -> Any:
     return m.block(torch.vmap(SumsItsGradient.apply)(m.block(x)))
 
 
+@program(X, moves={"all_to_all": 8, "gather_output": 2})
+def a_gradient_of_all_rows_in_a_mapped_function(m: Parts, x: Tensor) -> Any:
+    return m.block(torch.vmap(lambda t: SumsItsGradient.apply(t) * m.w)(m.block(x)))
+
+
 @program(X, whole=True)
 def gradient_inside(m: Parts, x: Tensor) -> Any:
     return m.block(torch.func.grad(lambda t: (t.sin() * m.w).sum())(m.block(x)))
