@@ -62,7 +62,7 @@ from .plan import AttentionSite, Fallback, LeavingOutput, ShardedGraph, Sharding
 from .rule import TensorSpec
 from .rules import stays_whole
 from .sharded_input import ShardedInput
-from .sharding import Sharded, block_rows, size_of, whole_layout
+from .sharding import Sharded, block_rows, local_shape, size_of, whole_layout
 
 log = logging.getLogger(__name__)
 
@@ -457,6 +457,28 @@ def _set_local_values(
                 inputs[index] = value.new_empty([*value.shape[:dim], rows, *value.shape[dim + 1 :]])
         Propagate(sharded.graph_module).run(*inputs, torch.zeros(1, dtype=torch.int64))
     torch.set_grad_enabled(grad_mode)
+    _check_local_values(sharded, captured_values, parts)
+
+
+def _check_local_values(sharded: ShardedGraph, captured: Mapping[str, Any], parts: int) -> None:
+    """Check that every node has the dtype of the captured value that it holds, and the shape of its placement.
+
+    Raises `CaptureError` for what a rule's body makes otherwise: it would be another value than one device has.
+    """
+    nodes = {node.name: node for node in sharded.graph_module.graph.nodes}
+    for name, value, placement in sharded.values:
+        whole, local = captured[value], nodes[name].meta.get("val")
+        if not isinstance(whole, Tensor) or not isinstance(local, Tensor):
+            continue
+        shape = local_shape(TensorSpec.of(whole).shape, placement, parts)
+        sizes = zip(shape, local.shape, strict=False)
+        known = [(size, own) for size, own in sizes if isinstance(size, int) and isinstance(own, int)]
+        if whole.dtype != local.dtype or len(shape) != local.dim() or any(size != own for size, own in known):
+            raise CaptureError(
+                f"{nodes[name].target} makes {local.dtype}{list(local.shape)} of {value} on each of {parts} ranks, "
+                f"where its sharding rule has to make {whole.dtype}{list(shape)}, {placement} "
+                f"({user_line(nodes[name])})"
+            )
 
 
 def _described(value: Any) -> Any:

@@ -17,7 +17,7 @@ class ConfigurationError(SequenceParallelError, ValueError):
 
 
 class CaptureError(SequenceParallelError):
-    """A Dynamo graph that cannot be re-traced safely; the backend then runs it unsharded."""
+    """A Dynamo graph that cannot be re-traced or rewritten safely; the backend then runs it unsharded."""
 
 
 class RuleError(SequenceParallelError, ValueError):

@@ -59,7 +59,7 @@ def traffic(module: fx.GraphModule, inputs: Sequence[Any], parts: int) -> Mappin
     counter = _Counter(module.graph, parts)
     with _grad_mode_restored(), mode, leaving_no_symbols(mode), enable_python_dispatcher(), counter:
         values = [_fresh(x) for x in inputs]
-        results = _Run(module, counter).run(*values, torch.zeros(1, dtype=torch.int64))
+        results = _Run(module, counter, mode).run(*values, torch.zeros(1, dtype=torch.int64))
         made = [x for x in results if isinstance(x, Tensor) and x.requires_grad]
         wanted = [x for x in values if isinstance(x, Tensor) and x.requires_grad]
         if made and wanted:
@@ -134,9 +134,14 @@ class _Counter(TorchDispatchMode):
 class _Run(fx.Interpreter):
     """Runs a graph, and labels what autograd records of each `sp::` op with the name of its node."""
 
-    def __init__(self, module: fx.GraphModule, counter: _Counter) -> None:
+    def __init__(self, module: fx.GraphModule, counter: _Counter, mode: FakeTensorMode) -> None:
         super().__init__(module)
         self.counter = counter
+        self.mode = mode
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return self.mode.from_tensor(value) if isinstance(value, Tensor) else value
 
     def run_node(self, n: fx.Node) -> Any:
         opaque = n.op == "call_module" or isinstance(n.target, HigherOrderOperator)

@@ -46,15 +46,16 @@ def kinds(graph: Any) -> list[str]:
     return [name.rstrip("0123456789").rstrip("_") if name[-1].isdigit() else name for name in collectives(graph)]
 
 
-@pytest.mark.parametrize(("parts", "length"), [(2, 8), (2, 33), (3, 7), (4, 6), (4, 3)])
+@pytest.mark.parametrize(("parts", "length"), [(2, 8), (2, 33), (3, 7), (4, 6), (4, 5)])
 @pytest.mark.parametrize("heads", [4, 3])
 def test_a_block_is_right_and_moves_only_its_site(heads: int, parts: int, length: int) -> None:
     (graph,) = assert_equivalent(Block(heads, repeat="flag").double(), (tokens(1, length, 12),), parts=parts)
     assert collectives(graph) == [*LAYER, "gather_output_0"]
 
 
-def test_a_single_token_is_nothing_to_shard() -> None:
-    assert_equivalent(Block().double(), (tokens(1, 1, 12),), parts=4, must_shard=False)
+@pytest.mark.parametrize("length", [1, 3])
+def test_fewer_tokens_than_ranks_are_nothing_to_shard(length: int) -> None:
+    assert not assert_equivalent(Block().double(), (tokens(1, length, 12),), parts=4, must_shard=False)
 
 
 @pytest.mark.parametrize("repeat", ["expand", "repeat_interleave", "flag"])
@@ -96,7 +97,7 @@ def test_the_loss_alone_moves_no_logits() -> None:
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "parts", "length"),
-    [(3, 3, 2, 9), (12, 12, 8, 9), (4, 1, 4, 9), (6, 2, 4, 9), (4, 2, 4, 3)],
+    [(3, 3, 2, 9), (12, 12, 8, 9), (4, 1, 4, 9), (6, 2, 4, 9), (4, 2, 4, 5)],
 )
 def test_llama_heads(heads: int, kv_heads: int, parts: int, length: int) -> None:
     model = llama(heads, kv_heads).double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -21,7 +22,7 @@ from sp_compile.comparison import on_rank, relative_error
 from sp_compile.simulation import bare, simulate
 
 from .equivalence import assert_equivalent, tokens
-from .programs import Parts
+from .programs import PROGRAMS, Parts, Program
 from .test_passes import Block
 
 aten = torch.ops.aten
@@ -180,6 +181,68 @@ def test_operands_of_several_dtypes_under_autocast(model: nn.Module, strategy: s
 
 def test_operands_of_several_dtypes_of_written_attention_under_autocast() -> None:
     assert_equivalent(Rotated(written_out=True), (torch.randn(1, 7, 12, requires_grad=True),), parts=2, tolerance=5e-2)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, str], Tensor]] = {
+    "cross_entropy": lambda x, y, t, reduction: F.cross_entropy(x, t, reduction=reduction),
+    "nll": lambda x, y, t, reduction: F.nll_loss(x.log_softmax(-1), t, reduction=reduction),
+    "mse": lambda x, y, t, reduction: F.mse_loss(x, y, reduction=reduction),
+    "kl_div": lambda x, y, t, reduction: F.kl_div(x.log_softmax(-1), y.softmax(-1), reduction=reduction),
+    "bce": lambda x, y, t, reduction: F.binary_cross_entropy_with_logits(x, y.sigmoid(), reduction=reduction),
+}
+
+
+@pytest.mark.parametrize("around", [False, True], ids=["inside", "around"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_under_autocast_has_the_dtype_of_one_device(name: str, around: bool) -> None:
+    """Autocast computes it in float32, though its operands and a sum over ranks of its terms may be bfloat16."""
+
+    def body(m: Parts, x: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16, enabled=not around or torch.is_autocast_enabled("cpu")):
+            logits = m.head(m.block(x)).flatten(0, 1)
+            target = torch.arange(logits.shape[0]) % 17
+            other = logits.detach().roll(1, -1)
+            return [LOSSES[name](logits, other, target, reduction) for reduction in ("sum", "mean", "none")]
+
+    model, x = Parts(body, double=False), torch.randn(1, 13, 12, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=around):
+        assert_equivalent(model, (x,), parts=2, tolerance=5e-2)
+
+
+DTYPES_MADE_ANEW = ["one_query", "without_softmax", "last_gather", "weights_of_padded_rows", "constant_in_the_model"]
+
+
+def _plans_under_autocast(case: Program) -> None:
+    model, args = case.module().float(), [x.float() if x.dtype == torch.float64 else x for x in case.inputs()]
+    with torch.autocast("cpu", torch.bfloat16):
+        try:
+            model(*args)
+        except (RuntimeError, TypeError, ValueError):
+            return  # it mixes dtypes in a way that torch refuses
+        report = explain(model, *args, sp_size=case.parts, options={"attention": case.attention})
+    assert not [graph.unsharded for graph in report.graphs if "sharding rule has to make" in graph.unsharded]
+
+
+@pytest.mark.parametrize(
+    "case", [each for each in PROGRAMS if each.name in DTYPES_MADE_ANEW], ids=lambda each: each.name
+)
+def test_what_a_rule_makes_under_autocast_has_the_dtype_of_the_op(case: Program) -> None:
+    """A bias of float32, added to the sum over ranks of a product in bfloat16, may not widen the sum."""
+    _plans_under_autocast(case)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", PROGRAMS, ids=lambda each: each.name)
+def test_every_program_keeps_its_dtypes_under_autocast(case: Program) -> None:
+    _plans_under_autocast(case)
+
+
+def test_a_rule_that_makes_another_dtype_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sp_compile.rules.losses._narrowed", lambda local, value: value)
+    half = Parts(lambda m, x: F.mse_loss(m.block(x), x.detach()), double=False).bfloat16()
+    (graph,) = explain(half, torch.randn(1, 13, 12, dtype=torch.bfloat16), sp_size=2).graphs
+    said = r"makes torch.float32\[\] of mse_loss .* its sharding rule has to make torch.bfloat16\[\]"
+    assert re.search(said, graph.unsharded)
 
 
 def reads_data(m: Parts, x: Tensor) -> Any:

@@ -45,7 +45,9 @@ def _affine(local: LocalOp, value: fx.Node, behind: int) -> fx.Node:
         if name in local.call.operand_names:
             vector = local.operand(local.call.operand_names.index(name))
             value = local.emit(combine, value, local.emit(aten.reshape.default, vector, [-1, *[1] * behind]))
-    return local.emit(aten.to.dtype, value, local.call.operands[0].dtype)
+    result = local.call.results[0]
+    assert result is not None
+    return local.emit(aten.to.dtype, value, result.dtype)
 
 
 @rule(

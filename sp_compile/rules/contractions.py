@@ -21,7 +21,10 @@ Finish = Callable[[LocalOp, fx.Node], fx.Node]
 
 
 def sum_over_ranks(contract: Contract, finish: Finish | None = None) -> Body:
-    """A body: 0 at the padding of every operand, the local terms summed, additive operands added once."""
+    """A body: 0 at the padding of every operand, the local terms summed, additive operands added once.
+
+    Autocast casts the operands of the op but not those of an addition, so the sum has to be cast as the op's result is.
+    """
 
     def body(local: LocalOp) -> fx.Node:
         operands = [
@@ -29,7 +32,12 @@ def sum_over_ranks(contract: Contract, finish: Finish | None = None) -> Body:
             for at, each in enumerate(local.operands)
         ]
         total = local.all_reduce(contract(local, operands))
-        return finish(local, total) if finish else total
+        if finish is None:
+            return total
+        (result,) = local.call.results
+        assert result is not None
+        made, casts = finish(local, total), {each.dtype for each in local.call.operands if each.dtype.is_floating_point}
+        return made if casts == {result.dtype} else local.emit(aten.to.dtype, made, result.dtype)
 
     return body
 

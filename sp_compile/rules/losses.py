@@ -54,8 +54,10 @@ def _widened(local: LocalOp, value: fx.Node) -> fx.Node:
 
 
 def _narrowed(local: LocalOp, value: fx.Node) -> fx.Node:
-    dtype = local.call.operands[0].dtype
-    return local.emit(aten._to_copy.default, value, dtype=dtype) if dtype in HALF else value
+    """A widened loss in the dtype of the op's result, which under autocast is not that of the operand."""
+    (result,) = local.call.results
+    assert result is not None
+    return local.emit(aten._to_copy.default, value, dtype=result.dtype) if result.dtype in HALF else value
 
 
 def _class_index_body(local: LocalOp) -> fx.Node:

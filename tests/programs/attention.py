@@ -339,12 +339,12 @@ def all_are_6(m: Parts, x: Tensor) -> Any:
     return m.o(m.join(F.scaled_dot_product_attention(m.split(m.q(x)), k.transpose(1, 2), k, is_causal=True)))
 
 
-@program((2, 2, 24), heads=6, kv=2, parts=4)
+@program((2, 2, 24), heads=6, kv=2, parts=2)
 def gqa_s_eq_kv(m: Parts, x: Tensor) -> Any:
     return (m.attend(x, enable_gqa=True), m.attend(x, enable_gqa=True, is_causal=True))
 
 
-@program((2, 3, 12), parts=4, moves={"all_to_all": 4, "gather_output": 1})
+@program((2, 3, 12), parts=3, moves={"all_to_all": 4, "gather_output": 1})
 def length_3(m: Parts, x: Tensor) -> Any:
     return m.block(x, is_causal=True)
 

@@ -345,6 +345,6 @@ def convolution_of_a_window(m: Parts, x: Tensor) -> Any:
     return F.conv1d(y[:, 1:].mT, m.mod.weight.view(12, 12, 3), padding=1).mT + y[:, :-1]
 
 
-@program((1, 2, 12), parts=4)
-def convolution_of_fewer_rows_than_ranks(m: Parts, x: Tensor) -> Any:
+@program((1, 5, 12), parts=4)
+def convolution_with_a_rank_without_rows(m: Parts, x: Tensor) -> Any:
     return m.block(F.conv1d(x.mT, m.mod.weight.view(12, 12, 3), m.w, padding=1).mT)

@@ -74,10 +74,10 @@ def rolls_by_few(m: Parts, x: Tensor) -> Any:
     return (y.roll(1, 1) * m.w, y.roll(-2, 1) * m.w, y.roll(13, 1), y.roll(-14, 1))
 
 
-@program((2, 3, 12), parts=4, moves={"all_to_all": 7, "gather_output": 4})
+@program((2, 5, 12), parts=4, moves={"all_to_all": 7, "select_rows": 2, "gather_output": 2})
 def rolls_by_more_than_a_block(m: Parts, x: Tensor) -> Any:
     y = m.block(x)
-    return (y.roll(2, 1), y.roll(-1, 1), F.pad(y, (0, 0, 2, -2)), y[:, 2:])
+    return (y.roll(3, 1), y.roll(-4, 1), F.pad(y, (0, 0, 3, -3)), y[:, 3:])
 
 
 @program((13, 2, 12), moves={"all_to_all": 6, "gather_output": 1, "halo": 1})
