@@ -31,6 +31,7 @@ LAYERS = (
         "capture",
         "accounts",
         "checksums",
+        "tensor_kinds",
     },
     {"rules", "graph", "features", "plan", "homes", "cost", "site_plans", "borrowers", "traffic", "functional", "data"},
     {"passes"},
