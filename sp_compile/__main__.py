@@ -72,9 +72,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def load(target: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """The model and its inputs that `MODULE:CALLABLE` returns. Raises `ArgumentTypeError` where it does not."""
-    name, colon, attribute = target.partition(":")
-    if not colon:
-        raise argparse.ArgumentTypeError(f"{target!r} is not of the form MODULE:CALLABLE")
+    name, _, attribute = target.partition(":")
+    if not all(part.isidentifier() for part in (*name.split("."), attribute)):
+        raise argparse.ArgumentTypeError(
+            f"{target!r} is not of the form MODULE:CALLABLE, as in package.models:tiny_llama"
+        )
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -91,12 +93,24 @@ def load(target: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, An
 
 
 def _explain(options: argparse.Namespace) -> int:
+    if options.html is not None:
+        _check_writable(options.html)
     model, args, kwargs = load(options.model)
     report = explain(model, *args, sp_size=options.sp_size, **kwargs)
     print(report)
     if options.html is not None:
         options.html.write_text(report.to_html(), encoding="utf-8")
     return 0
+
+
+def _check_writable(page: Path) -> None:
+    """Raise `ArgumentTypeError` for a file that cannot be written, before anything is computed for it."""
+    if page.is_dir():
+        raise argparse.ArgumentTypeError(f"{page} is a folder: --html takes the name of a file")
+    if not page.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {page.parent} for the page: make it first")
+    if not os.access(page if page.exists() else page.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"the page {page} cannot be written here")
 
 
 def _verify(options: argparse.Namespace) -> int:

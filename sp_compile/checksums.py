@@ -8,19 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sharded_input import ShardedInput
+from .tensor_kinds import bits, dense_parts, has_data, has_storage
 
 CHUNK = 1 << 20
 
 
 def checksums_of(values: Sequence[Any]) -> list[int | None]:
-    """A checksum of each dense tensor, bit for bit; None of what is none."""
+    """A checksum of each dense tensor, bit for bit; None of what is none, or has no data."""
     sums: dict[torch.device, list[tuple[int, Tensor]]] = {}
     with torch.no_grad():
         for index, value in enumerate(values):
-            if not isinstance(value, Tensor) or isinstance(value, ShardedInput):
-                continue  # of a sharded input every rank has other rows
-            if value.layout == torch.strided and not value.is_meta:
+            # Of a subclass such as a sharded input or a DTensor every rank has other rows.
+            if isinstance(value, Tensor) and has_storage(value) and has_data(value):
                 sums.setdefault(value.device, []).append((index, checksum(value)))
         found: list[int | None] = [None] * len(values)
         for of_device in sums.values():
@@ -32,18 +31,19 @@ def checksums_of(values: Sequence[Any]) -> list[int | None]:
 def checksum(tensor: Tensor) -> Tensor:
     """A 0-dimensional int64 on the device of `tensor`: sum of w_i x_i modulo 2^64, x its bits, w pseudo-random."""
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    words = _words(tensor.detach())
-    weights = _weights(min(CHUNK, words.numel()), tensor.device)
-    for number, chunk in enumerate(words.split(CHUNK), 1):
-        total += (chunk.to(torch.int64) * weights[: chunk.numel()]).sum() * (2 * number + 1)
+    number = 0
+    for part in dense_parts(tensor):
+        words = _words(part)
+        weights = _weights(min(CHUNK, words.numel()), tensor.device)
+        for chunk in words.split(CHUNK):
+            number += 1
+            total += (chunk.to(torch.int64) * weights[: chunk.numel()]).sum() * (2 * number + 1)
     return total
 
 
-def _words(tensor: Tensor) -> Tensor:
-    """The bits of a tensor as integers of at most 32: in wider ones a change of two signs could cancel."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    flat = tensor.resolve_neg().contiguous().view(-1)
+def _words(part: Tensor) -> Tensor:
+    """The bits of a dense part as integers of at most 32: in wider ones a change of two signs could cancel."""
+    flat = bits(part).contiguous().view(-1)
     return flat.view({1: torch.uint8, 2: torch.int16}.get(flat.element_size(), torch.int32))
 
 

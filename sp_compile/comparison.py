@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import copyreg
+import math
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._local_tensor import LocalIntNode, LocalTensor, enabled_local_tensor_mode
+from torch.distributed._local_tensor import enabled_local_tensor_mode
+from torch.utils import _pytree as pytree
 
 from .checksums import checksums_of
+from .errors import ConfigurationError
+from .simulation import on_rank
+from .tensor_kinds import bits, dense_parts, has_storage, held_in, is_plain, numbers, on_storage
 
 
 @dataclass(frozen=True)
@@ -28,20 +36,106 @@ Program = tuple[Any, tuple[Any, ...], dict[str, Any]]
 """A model, and the positional and keyword arguments of one call of it."""
 
 
-def copied(program: Program, written: Collection[str] = (), parts: int = 1) -> Program:
-    """Deep copies that share among themselves what the originals share; tensors with a history become leaves.
+def copied(program: Program) -> Program:
+    """Deep copies of a model and its inputs, whose tensors share memory as those of the originals do.
 
-    Of the states in `written` every one of `parts` simulated ranks has a copy of its own: what the ranks write to a
-    tensor that they share, the last one writes.
+    A view is the same view of a copy of its base, and keeps its history up to that. Another tensor with a history has
+    one of a single step, from a leaf that nobody else sees. No gradient is copied.
+
+    Raises `ConfigurationError` for what cannot be copied.
     """
-    memo: dict[int, Any] = {}
-    for name, value in states(program):
-        if name in written:
-            own = LocalTensor({rank: value.detach().clone() for rank in range(parts)})
-            memo[id(value)] = own.requires_grad_(value.requires_grad)
-        elif not value.is_leaf or value.is_inference():
-            memo[id(value)] = value.clone().detach().requires_grad_(value.requires_grad)
-    return copy.deepcopy(program, memo)
+    model, args, kwargs = program
+    try:
+        copies, module = _Copies(), module_of(model)
+        parts = [*module.modules()] if module else [model] if hasattr(model, "__dict__") else []
+        states = [*module.parameters(), *module.buffers()] if module else []
+        given = [leaf for _, leaf in named_leaves([args, kwargs], "")]
+        for leaf in (*given, *states, *pytree.tree_leaves([vars(part) for part in parts])):
+            if isinstance(leaf, Tensor):
+                copies.add(leaf)
+        return copy.deepcopy(program, copies.memo)
+    except Exception as error:
+        raise ConfigurationError(
+            f"verify runs copies of the model and its inputs, which cannot be copied: {type(error).__name__}: {error}"
+        ) from error
+
+
+class _Copies:
+    """Copies of tensors for `copy.deepcopy`, which finds them in `memo`, as it does the copies of their storages."""
+
+    def __init__(self) -> None:
+        self.memo: dict[int, Any] = {}
+        self._kept: list[Tensor] = []  # an address is used again
+
+    def add(self, x: Tensor) -> Tensor:
+        if id(x) not in self.memo:
+            by_torch = type(x).__deepcopy__ in (Tensor.__deepcopy__, nn.Parameter.__deepcopy__)
+            if x.is_nested:
+                made = x.detach().clone()  # of the same offsets, by which torch tells whether two are alike
+            elif not is_plain(x) or not by_torch or x.is_quantized or x.is_meta:
+                made = copy.deepcopy(x if x.is_leaf else x.detach(), self.memo)
+            else:
+                made = self._of_memory(x) if has_storage(x) else x.detach().clone()
+                made = made if type(made) is type(x) else made.as_subclass(type(x))
+                self.memo[id(x)] = made
+                if type(x) is not nn.Parameter:  # whose attributes torch does not copy either
+                    vars(made).update(copy.deepcopy(vars(x), self.memo))
+            if made.is_leaf and made.requires_grad != x.requires_grad:
+                made.requires_grad_(x.requires_grad)
+            made.grad = None
+            self.memo[id(x)] = made
+            self._kept.append(x)
+        result: Tensor = self.memo[id(x)]
+        return result
+
+    def _of_memory(self, x: Tensor) -> Tensor:
+        base = x._base if x._is_view() else None
+        if base is not None and has_storage(base) and (x.is_leaf or base.requires_grad):
+            with torch.set_grad_enabled(not (x.is_leaf and base.requires_grad)):
+                return x._view_func(self.add(base))  # type: ignore[no-any-return, attr-defined]
+        make = partial(on_storage, x, copy.deepcopy(x.untyped_storage(), self.memo))
+        if not x.is_leaf:
+            origin = x.detach().clone().requires_grad_()
+            return _History.apply(origin, make)  # type: ignore[no-any-return, no-untyped-call]
+        return make() if type(x) is Tensor else Tensor._make_subclass(type(x), make(), x.requires_grad)
+
+
+class _History(torch.autograd.Function):
+    """What `make` gives, as a function of a leaf, so that a program may write to it."""
+
+    @staticmethod
+    def forward(ctx: Any, origin: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        return make()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, None]:
+        return gradients[0], None
+
+
+def nudge(program: Program, pattern: int) -> None:
+    """Change the last bits of inputs, parameters and buffers, once of those that share their memory."""
+    module = module_of(program[0])
+    values = [value for _, value in states(program)] + [*(module.parameters() if module else ())]
+    storages: dict[int, list[Tensor]] = {}
+    for held in chain.from_iterable(map(held_in, values)):
+        if not held.is_quantized:
+            storages.setdefault(held.untyped_storage()._cdata, []).append(held)
+    for sharing in storages.values():
+        dtypes = {_REAL.get(each.dtype, each.dtype) for each in sharing}
+        if len(dtypes) == 1 and dtypes <= set(_REAL.values()):
+            storage, (dtype,) = sharing[0].untyped_storage(), dtypes
+            count = storage.nbytes() // dtype.itemsize
+            flat = torch.empty(0, dtype=dtype, device=storage.device).set_(storage, 0, (count,), (1,))
+            flat.copy_(nudged(flat, pattern))
+
+
+_REAL = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.complex64: torch.float32,
+    torch.complex128: torch.float64,
+}
+"""The dtypes whose last bits are changed, and that of their numbers."""
 
 
 def nudged(value: Tensor, pattern: int) -> Tensor:
@@ -53,9 +147,32 @@ def nudged(value: Tensor, pattern: int) -> Tensor:
     return torch.where((value != value.round()) & moved.isfinite(), moved, value)
 
 
-def is_rounding(errors: Sequence[float], nudges: Sequence[float]) -> bool:
-    """Whether errors are no more than changes in the last bits of the inputs make, as in a sum that cancels out."""
-    return bool(nudges) and max(errors) <= 10 * max(nudges)
+def is_rounding(errors: Sequence[float], nudges: Sequence[float], bound: float = float("inf")) -> bool:
+    """Whether errors are no more than changes in the last bits of the inputs make, as in a sum that cancels out, and
+    no more than `bound`."""
+    return bool(nudges) and max(errors) <= min(10 * max(nudges), bound)
+
+
+def rounding_bound(expected: Any, tolerance: float, magnitude: float, floor: float = 0.0) -> float:
+    """The largest relative error of a value that may be called rounding, whatever the last bits of inputs do to it.
+
+    Half of the digits that are asked for have to be right: the square root of the tolerance. A sum that cancels out has
+    none to be right. Of it the error has to be within the tolerance of `magnitude`, the largest number that it may be
+    made of. An infinite error is never rounding.
+    """
+    scale = max(scale_of(expected), floor, 1e-30) if isinstance(expected, Tensor) else 1.0
+    return max(math.sqrt(tolerance), tolerance * magnitude / scale)
+
+
+def magnitude_of(values: Iterable[Any]) -> float:
+    """The largest number in some tensors that `nudged` would change: not one that is whole, as those of a mask are."""
+    found = 0.0
+    for value in values:
+        for part in dense_parts(value) if isinstance(value, Tensor) else ():
+            if part.is_floating_point() and (wide := numbers(part)) is not None:
+                broken = wide[wide.isfinite() & (wide != wide.round())]
+                found = max(found, float(broken.abs().max())) if broken.numel() else found
+    return found
 
 
 def module_of(model: Any) -> nn.Module | None:
@@ -75,51 +192,98 @@ def states(program: Program) -> list[tuple[str, Tensor]]:
     return [(name, value) for name, value in found if isinstance(value, Tensor)]
 
 
-def named_leaves(value: Any, name: str, seen: frozenset[int] = frozenset()) -> Iterator[tuple[str, Any]]:
+def named_leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
     """(name, leaf) of a nest of containers, dataclasses and objects: tensors, numbers, texts and None."""
-    if value is None or isinstance(value, (Tensor, bool, int, float, complex, str, torch.SymInt)):
-        yield name, value
-        return
-    if id(value) in seen:
-        return
+    above: list[int] = []  # what the value is inside of: an object may hold one that holds it
+    left: list[tuple[str, Any, int]] = [(name, value, 0)]
+    while left:
+        name, value, depth = left.pop()
+        del above[depth:]
+        if value is None or isinstance(value, (Tensor, bool, int, float, complex, str, torch.SymInt)):
+            yield name, value
+        elif id(value) not in above:
+            above.append(id(value))
+            inside = [(f"{name} {key}".strip(), each, depth + 1) for key, each in _members(value)]
+            left += reversed(inside)
+
+
+def _members(value: Any) -> list[tuple[Any, Any]]:
     if isinstance(value, Mapping):
-        inside = list(value.items())
-    elif isinstance(value, (list, tuple)):
-        inside = list(enumerate(value))
-    elif is_dataclass(value):
-        inside = [(each.name, getattr(value, each.name)) for each in fields(value)]
-    else:
-        inside = list(getattr(value, "__dict__", {}).items())
-    for key, each in inside:
-        yield from named_leaves(each, f"{name} {key}".strip(), seen | {id(value)})
+        return list(value.items())
+    if isinstance(value, (list, tuple, deque)):
+        return list(enumerate(value))
+    if is_dataclass(value):
+        return [(each.name, getattr(value, each.name)) for each in fields(value)]
+    slots = [name for name in copyreg._slotnames(type(value)) if hasattr(value, name)]  # type: ignore[attr-defined]
+    return [*((name, getattr(value, name)) for name in slots), *getattr(value, "__dict__", {}).items()]
 
 
-def step(call: Callable[..., Any], model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step:
+def step(
+    call: Callable[..., Any],
+    model: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    written: Collection[str] = (),
+) -> Step:
     """Run forward, and backward of the loss if there is one, else of a fixed projection of all outputs.
 
-    The loss is the output of that name.
+    The loss is the output of that name, if it is one number. `written` are inputs that are told of afterwards even if
+    they seem not to have been written to. The gradients that the model and its inputs have stay what they are.
     """
     before = states((model, tuple(args), dict(kwargs)))
     marks = _marks(before)
     inputs = [(name, value) for name, value in before if name.startswith("input ")]
+    # The program may write to an input that has a history, whose own gradient is then that of what was written.
+    origins = [(name, next(_leaves(value), value)) for name, value in inputs if value.requires_grad]
     result = call(*args, **kwargs)
     module = module_of(model)
     parameters = module.named_parameters() if module else ()  # a model may freeze some as it runs
-    trained = [(name, value) for name, value in (*inputs, *parameters) if value.requires_grad]
+    trained = [(name, value) for name, value in (*origins, *parameters) if value.requires_grad]
     alone = result is None or isinstance(result, (Tensor, int, float, str))
-    outputs = dict(named_leaves(result, "output 0" if alone else "output"))
-    loss = outputs.get("output loss")
-    if not isinstance(loss, Tensor):
-        loss = sum(_projection(x) for x in outputs.values() if isinstance(x, Tensor) and x.requires_grad)
-    values = dict(outputs)
+    values = dict(named_leaves(result, "output 0" if alone else "output"))
+    loss = values.get("output loss")
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
+        with torch._C.DisableTorchFunctionSubclass():  # classes of outputs may add as they like, or not at all
+            loss = sum(_projection(x) for x in values.values() if isinstance(x, Tensor) and x.requires_grad)
     if isinstance(loss, Tensor) and loss.requires_grad and trained:
-        gradients = torch.autograd.grad(loss, [value for _, value in trained], allow_unused=True)
+        gradients = _gradients(loss, [value for _, value in trained])
         values |= {f"grad {name}": gradient for (name, _), gradient in zip(trained, gradients, strict=True)}
-    written = frozenset(name for name, mark in _marks(before).items() if mark != marks[name])
-    values |= {f"{name} afterwards": value for name, value in inputs if name in written}
+    changed = frozenset(name for name, mark in _marks(before).items() if mark != marks[name])
+    values |= {f"{name} afterwards": value for name, value in inputs if name in changed.union(written)}
     values |= dict(states((model, (), {})))
     detached = {name: value.detach() if isinstance(value, Tensor) else value for name, value in values.items()}
-    return Step(detached, written)
+    return Step(detached, changed)
+
+
+def _gradients(loss: Tensor, trained: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients of some leaves after a backward of `loss`.
+
+    By `backward`, as an op may call it in its own backward: what a reentrant checkpoint uses has no other gradient. All
+    leaves that the graph tells of keep the gradients that they have.
+    """
+    leaves = {id(each): each for each in (*trained, *_leaves(loss))}
+    kept = [each.grad for each in leaves.values()]
+    for leaf in leaves.values():
+        leaf.grad = None
+    try:
+        loss.backward()
+        return [leaf.grad for leaf in trained]
+    finally:
+        for leaf, gradient in zip(leaves.values(), kept, strict=True):
+            leaf.grad = gradient
+
+
+def _leaves(loss: Tensor) -> Iterator[Tensor]:
+    """The leaves below a value, as far as its graph shows them."""
+    left, seen = [loss.grad_fn], set[Any]()
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch._C._functions.AccumulateGrad):  # type: ignore[attr-defined]
+            yield node.variable
+        left += [each for each, _ in node.next_functions]
 
 
 def _marks(found: Sequence[tuple[str, Tensor]]) -> dict[str, tuple[int, int | None]]:
@@ -133,15 +297,15 @@ def _marks(found: Sequence[tuple[str, Tensor]]) -> dict[str, tuple[int, int | No
 
 
 def _projection(x: Tensor) -> Tensor:
-    x = torch.view_as_real(x) if x.is_complex() else x
-    return (x * (torch.arange(x.numel(), dtype=x.dtype, device=x.device) * 0.7).cos().view(x.shape)).sum()
-
-
-def on_rank(value: Any, rank: int) -> Any:
-    """The value on one of the simulated ranks."""
-    if isinstance(value, torch.SymInt) and isinstance(value.node, LocalIntNode):
-        return value.node._local_ints[rank]
-    return value._local_tensors[rank] if isinstance(value, LocalTensor) else value
+    """A sum of the numbers of an output, each with a weight of its own."""
+    if x.is_nested:
+        x = x.values() if x.layout == torch.jagged else torch.cat([each.flatten() for each in x.unbind()])
+    elif x.layout != torch.strided:
+        x = x.to_dense()
+    x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+    x = x.float() if x.dtype.itemsize == 1 else x
+    waves = (torch.arange(x.numel(), dtype=torch.float64, device=x.device) * 0.7).cos().view(x.shape)
+    return (x * waves.to(x.dtype)).sum()
 
 
 def compare(expected: Step, got: Step, parts: int, tolerance: float) -> dict[str, tuple[float, ...]]:
@@ -150,24 +314,28 @@ def compare(expected: Step, got: Step, parts: int, tolerance: float) -> dict[str
     The scale of a gradient is its largest value, and never below a thousandth of that of the largest gradient, or 20
     times the tolerance of it: what should be 0 is nothing but rounding.
     """
-    floor = min(max(1e-3, 20 * tolerance), 1.0)
-    gradients = [v for n, v in expected.values.items() if n.startswith("grad ") and isinstance(v, Tensor)]
-    largest = max((scale_of(each) for each in gradients), default=0.0)
+    least = least_scale_of_gradients(expected, tolerance)
     errors: dict[str, tuple[float, ...]] = {}
     for name in dict.fromkeys((*expected.values, *got.values)):
         if name not in expected.values or name not in got.values:
             errors[name] = (float("inf"),) * parts
             continue
-        value, least = expected.values[name], floor * largest if name.startswith("grad ") else 0.0
-        errors[name] = tuple(relative_error(value, on_rank(got.values[name], rank), least) for rank in range(parts))
+        one, other, floor = expected.values[name], got.values[name], least if name.startswith("grad ") else 0.0
+        pairs = [(on_rank(one, rank), on_rank(other, rank)) for rank in range(parts)]
+        errors[name] = tuple(relative_error(whole, of_rank, floor) for whole, of_rank in pairs)
     return errors
+
+
+def least_scale_of_gradients(expected: Step, tolerance: float) -> float:
+    """See `compare`."""
+    gradients = [v for n, v in expected.values.items() if n.startswith("grad ") and isinstance(v, Tensor)]
+    return min(max(1e-3, 20 * tolerance), 1.0) * max((scale_of(each) for each in gradients), default=0.0)
 
 
 def scale_of(value: Tensor) -> float:
     """The largest finite magnitude."""
-    if value.numel() == 0 or value.dtype == torch.bool:
-        return 0.0
-    return float(value.detach().to_dense().abs().nan_to_num(0, 0, 0).max())
+    found = [numbers(part) for part in dense_parts(value) if part.is_floating_point() and part.numel()]
+    return max((float(each.abs().nan_to_num(0, 0, 0).max()) for each in found if each is not None), default=0.0)
 
 
 def relative_error(expected: Any, got: Any, floor: float = 0.0) -> float:
@@ -181,19 +349,30 @@ def relative_error(expected: Any, got: Any, floor: float = 0.0) -> float:
     if not isinstance(expected, Tensor) or not isinstance(got, Tensor):
         same = not isinstance(expected, Tensor) and not isinstance(got, Tensor) and _same(expected, got)
         return 0.0 if same else float("inf")
-    if (expected.shape, expected.dtype, expected.layout) != (got.shape, got.dtype, got.layout):
+    if _kind(expected) != _kind(got):
         return float("inf")
-    expected, got = expected.to_dense(), got.to_dense()
-    if expected.is_complex():
-        expected, got = (torch.view_as_real(each.resolve_conj()) for each in (expected, got))
-        return relative_error(expected, got, floor)
-    if not expected.is_floating_point() or expected.numel() == 0:
-        return 0.0 if torch.equal(expected, got) else float("inf")
+    whole, parts = dense_parts(expected), dense_parts(got)
+    if [part.shape for part in whole] != [part.shape for part in parts]:
+        return float("inf")
+    scale = max(scale_of(expected), floor, 1e-30)
+    return max((_difference(*pair) / scale for pair in zip(whole, parts, strict=True)), default=0.0)
+
+
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    sizes = [len(x.unbind())] if x.is_nested and x.layout == torch.strided else x.shape
+    known = [size for size in sizes if isinstance(size, int)]  # that of ragged rows is a name; their offsets are parts
+    return x.dtype, x.layout, x.is_nested, x.is_quantized and x.qscheme(), known
+
+
+def _difference(expected: Tensor, got: Tensor) -> float:
+    """The largest difference of two dense parts of one shape, infinite where integers, NaNs or infinities differ."""
+    if not expected.is_floating_point() or numbers(expected) is None or expected.numel() == 0:
+        return 0.0 if torch.equal(bits(expected), bits(got)) else float("inf")
+    expected, got = expected.to(torch.float64), got.to(torch.float64)
     finite = expected.isfinite()
     if not torch.equal(finite, got.isfinite()) or not _same_infinities(expected[~finite], got[~finite]):
         return float("inf")
-    scale = max(scale_of(expected), floor, 1e-30)
-    return scale_of(expected.nan_to_num(0, 0, 0) - got.nan_to_num(0, 0, 0)) / scale
+    return float((expected[finite] - got[finite]).abs().max()) if finite.any() else 0.0
 
 
 def _same(expected: Any, got: Any) -> bool:

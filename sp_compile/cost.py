@@ -368,12 +368,21 @@ def _counted_contraction(node: fx.Node) -> int | None:
     if target.name() in PRODUCTS:
         left, right = ([_int(size) for size in operand.meta["val"].shape] for operand in operand_nodes(node)[:2])
         return _grouped_mm(left, right)
+    if target is aten.scaled_dot_product_attention.default:
+        return _sdpa(*([_int(size) for size in operand.meta["val"].shape] for operand in operand_nodes(node)[:3]))
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
     if not composite and target.overloadpacket not in flop_registry:
         return 0
     arguments = fx.node.map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
     leaves, structure = pytree.tree_flatten(arguments)
     return _counted(target, structure, tuple(map(_on_meta, leaves)))
+
+
+def _sdpa(query: list[int], key: list[int], value: list[int]) -> int:
+    """Both products of attention, `[.., L, E] x [.., S, E] x [.., S, V]`, however long: what it decomposes to would be
+    a tensor of L x S."""
+    batch = math.prod(map(max, query[:-2], key[:-2], value[:-2]))  # heads of the query, which share those of the key
+    return 2 * batch * query[-2] * key[-2] * (query[-1] + value[-1])
 
 
 def _on_meta(leaf: Any) -> Any:

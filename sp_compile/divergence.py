@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .comparison import is_rounding, nudged, on_rank, relative_error, scale_of
+from .comparison import is_rounding, magnitude_of, nudged, relative_error, rounding_bound, scale_of
 from .cost import packed_exchanges, sent_by
 from .debug import RewrittenGraph
 from .errors import user_line
 from .exchange import GatherExchange
 from .graph import source_of
 from .sharding import GroupedHeads, Layout, Placement, Replicated, Segment, Sharded, Size, local_shape, whole_layout
-from .simulation import bare
+from .simulation import bare, on_rank
 
 aten = torch.ops.aten
 _UNDEFINED = (aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided)
@@ -206,6 +206,7 @@ class _Pair:
             self.nudged = [_Replay(graph.captured, 1) for _ in range(_NUDGES)]
             for pattern, replay in enumerate(self.nudged):
                 replay.step(call, [_kept(each, pattern) for each in inputs], cotangents)
+        self.magnitude = magnitude_of([*inputs, *cotangents.values()])
         self.ranks.step(call, call.inputs, call.cotangents)
         symbols = dict(_symbols(graph.captured.graph.find_nodes(op="placeholder"), inputs))
         self.values = [(node, value, _with_sizes(at, symbols)) for node, value, at in graph.sharded.values]
@@ -219,9 +220,12 @@ class _Pair:
             got = self.ranks.value(node)
             errors = tuple(self._error(expected.detach(), got[rank], placement, rank) for rank in range(self.parts))
             nudges = [relative_error(expected, *replay.value(value)) for replay in self.nudged]
-            if self._wrong(errors) and not is_rounding(errors, nudges):
+            if self._wrong(errors) and not is_rounding(errors, nudges, self._bound(expected)):
                 return self._found("forward", node, value, value, errors, placement)
         return None
+
+    def _bound(self, expected: Tensor) -> float:
+        return rounding_bound(expected, self.tolerance, self.magnitude)
 
     def _error(self, whole: Tensor, local: Any, placement: Placement, rank: int) -> float:
         """Of the rows of one rank that are no padding."""
@@ -246,7 +250,7 @@ class _Pair:
             expected = _whole_gradient(self.alone, value, like)
             errors = self._gradient_errors([expected] * self.parts, self.ranks.gradient(node), placement)
             nudges = [relative_error(expected, _whole_gradient(replay, value, like)) for replay in self.nudged]
-            if self._wrong(errors) and not is_rounding(errors, nudges):
+            if self._wrong(errors) and not is_rounding(errors, nudges, self._bound(expected)):
                 return self._sender(node, value, placement, like, errors)
         return None
 

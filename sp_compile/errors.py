@@ -56,6 +56,10 @@ class VerificationError(SequenceParallelError):
         self.divergence = divergence
 
 
+class SimulationError(SequenceParallelError):
+    """What ranks that are simulated in one process cannot do; real ones may."""
+
+
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)\n\s*(?P<code>.*)')
 _TORCH = str(Path(torch.__file__).parent)
 

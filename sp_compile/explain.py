@@ -69,9 +69,10 @@ def explain(
         kwargs: what it is called with by name.
 
     Raises:
-        ConfigurationError: `sp_size` below 2, an option that is wrong, or a lazy module that never ran.
+        ConfigurationError: `sp_size` below 2, an option that is wrong, a lazy module that never ran, or a value of more
+            bytes than torch can count.
     """
-    if sp_size < 2:
+    if not isinstance(sp_size, int) or sp_size < 2:
         raise ConfigurationError(f"sp_size is {sp_size}: a sequence is shared by 2 ranks or more")
     config = SequenceParallelConfig.from_options(options)
     found: list[_Explained] = []
@@ -97,6 +98,13 @@ def explain(
                 compiled(*inputs, **keywords)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             incomplete = f"a value is read outside of graphs, and explain computes none ({_user_frame(error)})"
+        except RuntimeError as error:
+            if "overflow" not in str(error):
+                raise
+            raise ConfigurationError(
+                "a value has more elements or bytes than torch can count, whether here or on a device: explain shorter "
+                f"inputs, or a model without that value\n{error}"
+            ) from error
     name = getattr(model, "__name__", type(_unwrapped(model)).__name__)
     explained = [replace(each, graph=replace(each.graph, calls=calls[at])) for at, each in enumerate(found)]
     totals = _totals(explained, links)

@@ -16,16 +16,31 @@ import torch
 import torch.distributed as dist
 from tabulate import tabulate
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .backend import sp_backend
-from .comparison import Program, Step, compare, copied, is_rounding, module_of, nudged, states, step
+from .comparison import (
+    Program,
+    Step,
+    compare,
+    copied,
+    is_rounding,
+    least_scale_of_gradients,
+    magnitude_of,
+    module_of,
+    nudge,
+    rounding_bound,
+    states,
+    step,
+)
 from .config import SequenceParallelConfig
 from .debug import RewrittenGraph, UnshardedGraph, rewritten_graphs, unsharded_graphs
 from .divergence import Divergence, Recorder, first_divergence
 from .errors import ConfigurationError, FallbackError, VerificationError
 from .simulation import bare, simulate
+from .tensor_kinds import held_in
 
 UNSEEN = (
     "deadlocks: the ranks run one after the other, and none waits",
@@ -54,7 +69,11 @@ class Verification:
     """Why others were not, one reason a graph."""
     collectives: int
     rounding: tuple[str, ...] = ()
-    """What differs by more than the tolerance, and as much on one device when its inputs change in their last bits."""
+    """What differs by more than the tolerance, as it may by rounding: as much on one device when its inputs change in
+    their last bits, in no more than the later half of the digits, or in a sum that cancels out."""
+    undecided: tuple[str, ...] = ()
+    """What is wrong, or so sensitive that it cannot be told: it differs by more than rounding may, and as much on one
+    device when its inputs change in their last bits."""
 
     @property
     def wrong(self) -> tuple[str, ...]:
@@ -74,6 +93,7 @@ class Verification:
             "errors": finite,
             "wrong": list(self.wrong),
             "rounding": list(self.rounding),
+            "undecided": list(self.undecided),
             "graphs": list(self.graphs),
             "unsharded": list(self.unsharded),
             "collectives": self.collectives,
@@ -96,6 +116,8 @@ class Verification:
             lines.append("No gradient was compared: of what was given, nothing takes one.")
         if self.rounding:
             lines.append(f"As far apart by rounding alone: {', '.join(self.rounding)}.")
+        if self.undecided:
+            lines.append(f"Wrong, or too sensitive to be compared: {', '.join(self.undecided)}.")
         if not self.graphs:
             lines.append("Nothing was sharded: that every rank agrees proves nothing.")
         lines += [f"Not sharded: {reason}." for reason in self.unsharded]
@@ -136,19 +158,35 @@ def verify(
         dynamic: as of `torch.compile`.
 
     Raises:
-        VerificationError: a value differs; or P ranks raise where one device does not; or one device differs from
-            itself. It names the first node that differs, its line and the rule that placed it.
-        ConfigurationError: an option that cannot be verified; a model on the meta device; or this process has a
-            process group already.
+        VerificationError: a value differs; or P ranks raise where one device does not. It names the first node that
+            differs, its line and the rule that placed it. Or nothing can be told: one device differs from itself, or
+            as much from inputs with other last bits; or the simulation is at fault, with nothing sharded as well.
+        ConfigurationError: an option or a tolerance that cannot be verified with; a model on the meta device, or one
+            that cannot be copied; or this process has a process group already.
     """
     settings = _settings(sp_size, options)
+    if tolerance is not None and not (isinstance(tolerance, (int, float)) and 0 <= tolerance < 1):
+        raise ConfigurationError(
+            f"the tolerance is {tolerance}; it takes a relative error, from 0 (bit for bit) to below 1, such as 1e-6"
+        )
     model = getattr(model, "_orig_mod", model)
     program: Program = (model, args, kwargs)
     module = module_of(model)
-    if any(each.is_meta for _, each in states(program)) or (module and any(p.is_meta for p in module.parameters())):
-        raise ConfigurationError("verify computes, and the meta device has no data: use another, or explain()")
-    with _no_inference_mode():
-        return _verified(program, sp_size, settings, tolerance, dynamic)
+    values = [*(value for _, value in states(program)), *(module.parameters() if module else ())]
+    if any(value.is_meta or isinstance(value, FakeTensor) for value in values):
+        raise ConfigurationError(
+            "verify computes, and tensors that are fake or on the meta device have no data: use others, or explain()"
+        )
+    noted = _Noted()
+    try:
+        with _no_inference_mode():
+            with noted:
+                expected = run_alone(program)
+            if tolerance is None:
+                tolerance = max([_TOLERANCES[each] for each in noted.dtypes if each in _TOLERANCES], default=1e-4)
+            return _verified(program, sp_size, settings, tolerance, dynamic, expected)
+    finally:
+        noted.give_back()
 
 
 @contextmanager
@@ -160,12 +198,13 @@ def _no_inference_mode() -> Iterator[None]:
 
 
 def _verified(
-    program: Program, sp_size: int, settings: Mapping[str, object], tolerance: float | None, dynamic: bool | None
+    program: Program,
+    sp_size: int,
+    settings: Mapping[str, object],
+    tolerance: float,
+    dynamic: bool | None,
+    expected: Step,
 ) -> Verification:
-    with _Dtypes() as dtypes:
-        expected = run_alone(program)
-    if tolerance is None:
-        tolerance = max([_TOLERANCES[each] for each in dtypes.made if each in _TOLERANCES], default=1e-4)
     try:
         with run_simulated(program, sp_size, settings, dynamic, expected.written) as ran:
             pass
@@ -173,9 +212,8 @@ def _verified(
         met = getattr(error, "inner_exception", error)  # as Dynamo wraps what a backend raises
         if isinstance(met, (ConfigurationError, FallbackError)):
             raise met from error
+        _check_simulation(program, sp_size, dynamic, expected, tolerance, compiles=True)
         told = f"one device runs this model; on {sp_size} ranks it raises {type(met).__name__}: {met}"
-        if isinstance(met, NotImplementedError) and "no rule registered for HigherOrderOperator" in str(met):
-            told = f"this model cannot be verified, simulated ranks do not run all that it does: {met}"
         raise VerificationError(told) from error
     verification = Verification(
         sp_size,
@@ -187,8 +225,11 @@ def _verified(
     )
     if verification.wrong:
         _check_steady(verification, program, expected)
-        verification = replace(verification, rounding=_rounding(verification, program, expected))
+        verification = _with_rounding(verification, program, expected)
+    if verification.wrong and set(verification.wrong) <= set(verification.undecided):
+        raise _undecided(verification)
     if verification.wrong:
+        _check_simulation(program, sp_size, dynamic, expected, tolerance)
         raise _failure(verification, program, expected, settings, dynamic)
     return verification
 
@@ -205,12 +246,81 @@ def _check_steady(verification: Verification, program: Program, expected: Step) 
         )
 
 
-def _rounding(verification: Verification, program: Program, expected: Step) -> tuple[str, ...]:
-    """What differs no more than one device does when its inputs change in their last bits."""
-    nudges = [compare(expected, run_alone(program, pattern), 1, verification.tolerance) for pattern in range(2)]
-    errors = verification.errors
-    near = [name for name in errors if is_rounding(errors[name], [each[name][0] for each in nudges if name in each])]
-    return tuple(name for name in verification.wrong if name in near)
+def _check_simulation(
+    program: Program, parts: int, dynamic: bool | None, expected: Step, tolerance: float, compiles: bool = False
+) -> None:
+    """Raise if the simulation is at fault: ranks do not run the model as it is, with nothing sharded.
+
+    As it is compiled, too, if the compiler does not raise for one device.
+    """
+    told = "this model cannot be verified, simulated ranks do not run all that it does"
+    for compiled in (False, True) if compiles else (False,):
+        try:
+            step = _run_unsharded(program, parts, compiled, dynamic, expected.written)
+        except Exception as error:
+            if compiled and _raises_on_one_device(program, dynamic):
+                return
+            raise VerificationError(f"{told}: even with nothing sharded, {type(error).__name__}: {error}") from error
+        errors = {} if compiled else compare(expected, step, parts, tolerance)
+        wrong = [name for name, of_each in errors.items() if any(not error <= tolerance for error in of_each)]
+        if wrong:
+            raise VerificationError(f"{told}: even with nothing sharded they differ in {', '.join(wrong)}")
+
+
+def _run_unsharded(
+    program: Program, parts: int, compiled: bool, dynamic: bool | None, written: Collection[str]
+) -> Step:
+    """One step of a copy of the program on simulated ranks that each have all of it."""
+    model, args, kwargs = copied(program)
+    module = module_of(model)
+    with torch.random.fork_rng(), simulate(parts) as ranks:
+        for value in (*(value for _, value in states((model, args, kwargs))), *(module.parameters() if module else ())):
+            for memory in held_in(value):
+                ranks.part(memory)
+        call = torch.compile(model, backend=bare, dynamic=dynamic) if compiled else model
+        made = step(call, model, args, kwargs, written)
+        return replace(made, values={name: ranks.by_rank(value) for name, value in made.values.items()})
+
+
+def _raises_on_one_device(program: Program, dynamic: bool | None) -> bool:
+    model, args, kwargs = copied(program)
+    try:
+        with torch.random.fork_rng():
+            step(torch.compile(model, backend="eager", dynamic=dynamic), model, args, kwargs)
+    except Exception:
+        return True
+    return False
+
+
+def _with_rounding(verification: Verification, program: Program, expected: Step) -> Verification:
+    """Tell what differs by no more than one device does when its inputs change in their last bits."""
+    tolerance, module = verification.tolerance, module_of(program[0])
+    nudges = [compare(expected, run_alone(program, pattern), 1, tolerance) for pattern in range(2)]
+    given = magnitude_of([*(value for _, value in states(program)), *(module.parameters() if module else ())])
+    rounding: list[str] = []
+    undecided: list[str] = []
+    for name in verification.wrong:
+        errors, changes = verification.errors[name], [each[name][0] for each in nudges if name in each]
+        if not is_rounding(errors, changes):
+            continue
+        is_gradient, value = name.startswith("grad "), expected.values.get(name)
+        alike = [each for other, each in expected.values.items() if other.startswith("grad ") == is_gradient]
+        floor = least_scale_of_gradients(expected, tolerance) if is_gradient else 0.0
+        bound = rounding_bound(value, tolerance, max(given, magnitude_of(alike)), floor)
+        (rounding if is_rounding(errors, changes, bound) else undecided).append(name)
+    return replace(verification, rounding=tuple(rounding), undecided=tuple(undecided))
+
+
+def _undecided(verification: Verification) -> VerificationError:
+    """What to say of values that differ, by no more than one device does from nearly the same inputs."""
+    count = f"{len(verification.undecided)} of {len(verification.errors)} values"
+    return VerificationError(
+        f"{count} cannot be verified: on {verification.sp_size} ranks they differ from one device (tolerance "
+        f"{verification.tolerance:.0e}) by more than rounding may, but so they do on one device when the inputs change "
+        f"in their last bits\n\n{verification.table(verification.undecided)}\n\nTry float64, and inputs at which the "
+        "model does not jump from one result to another",
+        verification,
+    )
 
 
 def _failure(
@@ -229,7 +339,7 @@ def _failure(
 
 def _settings(sp_size: int, options: Mapping[str, object] | None) -> dict[str, object]:
     """The options that the ranks run with."""
-    if sp_size < 1:
+    if not isinstance(sp_size, int) or sp_size < 1:
         raise ConfigurationError(f"sp_size is {sp_size}; it takes a number of ranks, 1 or more")
     if dist.is_initialized():
         raise ConfigurationError(
@@ -245,8 +355,12 @@ def _settings(sp_size: int, options: Mapping[str, object] | None) -> dict[str, o
     return {**own, "rng": "exact"}
 
 
-class _Dtypes(TorchDispatchMode):
-    """Notes the dtypes of all results, those of autocast included."""
+class _Noted(TorchDispatchMode):
+    """Notes the dtypes of all results, those of autocast included, and the leaves that ops take.
+
+    An op that calls `backward` in its own, as a reentrant checkpoint does, gives gradients to leaves that no graph
+    tells of, among them what a function closes over. `give_back` returns to all leaves the gradients that they had.
+    """
 
     supports_higher_order_operators = True
 
@@ -257,12 +371,21 @@ class _Dtypes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.made: set[torch.dtype] = set()
+        self.dtypes: set[torch.dtype] = set()
+        self._leaves: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for each in pytree.tree_leaves((args, kwargs)):
+            if isinstance(each, Tensor) and each.is_leaf and each.requires_grad and id(each) not in self._leaves:
+                self._leaves[id(each)] = each, each.grad
+                each.grad = None  # or the gradients of the runs were added to it
         result = func(*args, **(kwargs or {}))
-        self.made.update(each.dtype for each in pytree.tree_leaves(result) if isinstance(each, Tensor))
+        self.dtypes.update(each.dtype for each in pytree.tree_leaves(result) if isinstance(each, Tensor))
         return result
+
+    def give_back(self) -> None:
+        for leaf, gradient in self._leaves.values():
+            leaf.grad = gradient
 
 
 @dataclass(frozen=True)
@@ -280,11 +403,7 @@ def run_alone(program: Program, pattern: int | None = None) -> Step:
     with torch.random.fork_rng():
         model, args, kwargs = copied(program)
         if pattern is not None:
-            values = [value for _, value in states((model, args, kwargs))]
-            module = module_of(model)
-            values += module.parameters() if module else []
-            for value in values:
-                value.data = nudged(value.data, pattern)
+            nudge((model, args, kwargs), pattern)
         return step(model, model, args, kwargs)
 
 
@@ -297,13 +416,14 @@ def run_simulated(
     written: Collection[str] = (),
 ) -> Iterator[Simulated]:
     """One step of a copy of the program on P simulated ranks, from the present random state; they live as long as the
-    body. Of the states in `written` each rank has its own. `bare` compiles, unless an option says otherwise."""
+    body. The step tells of the inputs in `written`, too. `bare` compiles, unless an option says otherwise."""
     before = {each.name for each in rewritten_graphs()} | {each.name for each in unsharded_graphs()}
-    model, args, kwargs = copied(program, written, parts)
+    model, args, kwargs = copied(program)
     options = {"inner_backend": bare, **options}
-    with torch.random.fork_rng(), simulate(parts):
+    with torch.random.fork_rng(), simulate(parts) as ranks:
         compiled = torch.compile(model, backend=partial(sp_backend, options=options), dynamic=dynamic)
-        made = step(compiled, model, args, kwargs)
+        made = step(compiled, model, args, kwargs, written)
+        made = replace(made, values={name: ranks.by_rank(value) for name, value in made.values.items()})
         rewritten = tuple(graph for graph in rewritten_graphs() if graph.name not in before)
         yield Simulated(made, rewritten, tuple(graph for graph in unsharded_graphs() if graph.name not in before))
 

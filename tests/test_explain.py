@@ -434,6 +434,12 @@ def test_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     ("target", "said"),
     [
         ("json", "MODULE:CALLABLE"),
+        ("json:", "MODULE:CALLABLE"),
+        (":x", "MODULE:CALLABLE"),
+        (":", "MODULE:CALLABLE"),
+        (".json:x", "MODULE:CALLABLE"),
+        ("json..decoder:x", "MODULE:CALLABLE"),
+        ("json/decoder.py:x", "MODULE:CALLABLE"),
         ("no_such_module:f", "no_such_module"),
         ("json:nothing", "nothing"),
         (f"{__name__}:x", "(model, args)"),
@@ -443,3 +449,40 @@ def test_command_line_says_what_is_wrong(capsys: pytest.CaptureFixture[str], tar
     with pytest.raises(SystemExit) as error:
         main(["explain", target])
     assert error.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for page, said in (
+        (tmp_path / "no" / "page.html", "there is no folder"),
+        (tmp_path / "file" / "page.html", "there is no folder"),
+        (tmp_path, "is a folder"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            main(["explain", "no_such_module:f", "--html", str(page)])
+        assert error.value.code == 2 and said in capsys.readouterr().err
+
+
+# Sizes at which one device would have no memory
+
+
+@pytest.mark.parametrize("length", [2**31 - 1, 2**31, 2**33 + 7, 2**40])
+def test_sequences_of_any_length(length: int) -> None:
+    """The products of attention are counted by its shapes: an L x L tensor would have more bytes than torch counts."""
+    report = explain(Block().to("meta"), torch.empty(1, length, 12, device="meta"), sp_size=8)
+    linear = 2 * length * sum(p.numel() for p in Block().parameters() if p.dim() == 2)
+    assert report.totals.flops_sharded + report.totals.flops_replicated >= 4 * length**2 * 12 + linear
+    assert report.graphs[0].sites[0].length == length and not report.totals.flops_unknown
+    assert f"{length}" in report.to_html() and f"{length:,}" in str(report)
+
+
+def test_a_value_that_torch_cannot_count_is_told_of() -> None:
+    def by_hand(x: Tensor) -> Tensor:
+        return (x @ x.mT).softmax(-1) @ x
+
+    with pytest.raises(ConfigurationError, match=r"(?s)more elements or bytes than torch can count.*overflow"):
+        explain(by_hand, torch.empty(1, 2**31, 12, device="meta"), sp_size=8)
+    with pytest.raises(ConfigurationError, match=r"sp_size is 2\.5"):
+        explain(by_hand, torch.empty(1, 7, 12, device="meta"), sp_size=2.5)  # type: ignore[arg-type]

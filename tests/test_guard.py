@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 from sp_compile import RankLostError, RankMismatchError, rewritten_graphs, sp_backend
 from sp_compile.accounts import explain_accounts
@@ -16,6 +18,7 @@ from sp_compile.checksums import CHUNK, checksum, checksums_of
 from sp_compile.guard import _draws
 from sp_compile.simulation import simulate
 
+from .tensor_kinds import KINDS, quantised
 from .test_passes import Block
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int8, torch.bool, torch.complex64]
@@ -60,6 +63,27 @@ def test_nan_equals_itself_and_what_is_no_dense_tensor_is_left_out() -> None:
     nan = rows(float("nan"), 1)
     first, second, *others = checksums_of([nan, nan.clone(), torch.empty(0), 3, None, torch.empty(2, device="meta")])
     assert first == second and others == [0, None, None, None]
+    freed, fake = torch.ones(3), FakeTensorMode().from_tensor(torch.ones(3))
+    freed.untyped_storage().resize_(0)
+    ragged = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    left_out = [freed, fake, ragged, TwoTensor(nan, nan), nan.to_sparse(), nan[None].to_sparse_csr(), nan.to_mkldnn()]
+    assert checksums_of(left_out) == [None] * len(left_out)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checksum_is_of_tensors_of_every_kind(kind: str) -> None:
+    """Bits that no arithmetic is for, lazy signs, and quantised integers, of which raw memory must not be read."""
+    make, x = KINDS[kind], torch.tensor([[1, 2, 3, 0], [0, 3, 1, 2]])
+    first, again, other = checksums_of([make(x), make(x.clone()), make(x.flip(0))])
+    assert first == again != other and first is not None
+
+
+def test_a_checksum_is_of_what_quantised_integers_stand_for() -> None:
+    x = torch.tensor([[1, 2, 3, 0], [0, 3, 1, 2]])
+    for kind in ("tensor", "channel", "packed"):
+        first, other = checksums_of([quantised(x, 0.5, kind), quantised(x, 0.25, kind)])
+        assert first != other
 
 
 def test_what_draws_random_numbers() -> None:

@@ -34,6 +34,7 @@ LAYERS = (
         "dropped_backward",
         "accounts",
         "checksums",
+        "tensor_kinds",
     },
     {"rules", "graph", "features", "plan", "homes", "cost", "site_plans", "borrowers", "traffic", "functional", "data"},
     {"passes"},

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sp_compile import replicated_region, sp_backend
-from sp_compile.comparison import on_rank
-from sp_compile.simulation import simulate
+from sp_compile.simulation import on_rank, simulate
 
 from .equivalence import assert_equivalent, differences, run_simulated, step, tokens
 from .programs import Parts

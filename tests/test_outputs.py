@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 from sp_compile import backend as sp_compile_backend
 from sp_compile import explain, get_sequence_parallel_group, rewritten_graphs, sp_backend
-from sp_compile.comparison import on_rank, relative_error
+from sp_compile.comparison import relative_error
 from sp_compile.config import Outputs
 from sp_compile.ops import scale_gradient
-from sp_compile.simulation import simulate
+from sp_compile.simulation import on_rank, simulate
 
 from .gloo_pool import GlooPool
 from .models import inputs_of, llama

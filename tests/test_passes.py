@@ -16,14 +16,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sp_compile import rewritten_graphs, sp_backend
 from sp_compile.canonicalize import SDPA_BACKENDS, has_effect
 from sp_compile.capture import capture
-from sp_compile.comparison import on_rank
 from sp_compile.config import SequenceParallelConfig
 from sp_compile.graph import GraphRules
 from sp_compile.passes import find_attention, find_mixers, insert_collectives, outline_experts, propagate
 from sp_compile.plan import ShardingPlan
 from sp_compile.rules import stays_whole
 from sp_compile.sharding import REPLICATED, Sharded, whole_layout
-from sp_compile.simulation import fake_world, simulate
+from sp_compile.simulation import fake_world, on_rank, simulate
 
 from .equivalence import assert_equivalent
 from .programs import Parts

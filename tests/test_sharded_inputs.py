@@ -21,9 +21,9 @@ from sp_compile import (
     sharded_inputs,
     sp_backend,
 )
-from sp_compile.comparison import on_rank, relative_error
+from sp_compile.comparison import relative_error
 from sp_compile.errors import DataError
-from sp_compile.simulation import simulate
+from sp_compile.simulation import on_rank, simulate
 
 from .gloo_pool import GlooPool
 from .models import inputs_of, llama

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -14,12 +15,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.distributed._local_tensor import LocalTensor
 from torch.nn.attention.flex_attention import flex_attention
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import checkpoint
 
 from sp_compile import Verification, VerificationError, verify
 from sp_compile.__main__ import main
-from sp_compile.comparison import Step, compare, copied, relative_error
+from sp_compile.comparison import (
+    Step,
+    compare,
+    copied,
+    is_rounding,
+    magnitude_of,
+    named_leaves,
+    relative_error,
+    rounding_bound,
+)
 from sp_compile.divergence import Divergence
 from sp_compile.errors import ConfigurationError, FallbackError
 from sp_compile.simulation import fake_world, simulate
@@ -27,6 +40,7 @@ from sp_compile.verify import first_divergence_of, run_alone
 
 from .mutants import MUTANTS, with_bodies
 from .programs import PROGRAMS, Parts, Program
+from .tensor_kinds import KINDS, Named
 
 Body = Callable[..., Any]
 X = (1, 7, 12)
@@ -384,12 +398,348 @@ def test_an_input_that_is_written_to_is_each_ranks_own() -> None:
 
     verification = verify(Parts(body), tokens().detach(), sp_size=3)
     assert len(verification.errors["input 0 afterwards"]) == 3 and not verification.wrong
-    with simulate(2):
-        model, _, _ = copied((Parts(body), (), {}), {"buffer count"}, 2)
-        model.count.copy_(LocalTensor({0: torch.ones(()), 1: torch.zeros(())}))
-    got, expected = Step({"buffer count": model.count}), Step({"buffer count": torch.zeros((), dtype=torch.float64)})
+    model, counts = Parts(body), LocalTensor({0: torch.ones(()), 1: torch.zeros(())})
+    with simulate(2) as ranks:
+        model.count.copy_(counts)
+        got = Step({"buffer count": ranks.by_rank(model.count)})
+    expected = Step({"buffer count": torch.zeros((), dtype=torch.float64)})
     first, last = compare(expected, got, 2, 1e-9)["buffer count"]
     assert first > 1 and last == 0, "the last rank does not speak for the others"
+
+
+def leaf() -> Tensor:
+    return torch.arange(12.0).view(3, 4)
+
+
+def with_view(x: Tensor) -> tuple[Tensor, ...]:
+    return x, x[:, 1:]
+
+
+def views_of_views(x: Tensor) -> tuple[Tensor, ...]:
+    return x[1:].T[1:], x, x.view(4, 3)[::2]
+
+
+def under_no_grad(x: Tensor) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return x, x[1:]
+
+
+SHARED: dict[str, Callable[[], tuple[Tensor, ...]]] = {
+    "a view": lambda: with_view(leaf()),
+    "a view of a leaf that trains": lambda: with_view(leaf().requires_grad_()),
+    "a view of a value with a history": lambda: with_view(leaf().requires_grad_() * 2),
+    "a view that trains": lambda: (x := leaf(), x[1:].requires_grad_()),
+    "a view under no_grad": lambda: under_no_grad(leaf().requires_grad_()),
+    "views of views": lambda: views_of_views(leaf()),
+    "views of views of a leaf that trains": lambda: views_of_views(leaf().requires_grad_()),
+    "views of views of a value with a history": lambda: views_of_views(leaf().requires_grad_() * 2),
+    "views of what is not given": lambda: ((x := leaf())[:2], x[1:]),
+    "an alias without history": lambda: ((x := leaf().requires_grad_() * 2), x.detach()),
+    "that alias first": lambda: ((x := leaf().requires_grad_() * 2).detach(), x),
+    "overlapping": lambda: (x := leaf(), x.as_strided((5, 4), (2, 1)), x.as_strided((3, 3), (1, 2), 2)),
+    "expanded": lambda: (x := torch.ones(3, 1), x.expand(3, 4)),
+    "two dtypes": lambda: (x := leaf(), x.view(torch.int32), x.view(torch.uint8)[:, ::2]),
+    "complex": lambda: (x := torch.ones(3, 2), z := torch.view_as_complex(x), z.conj(), z.conj().imag),
+    "real parts": lambda: (z := torch.ones(3, dtype=torch.complex64), torch.view_as_real(z), z.real),
+    "parameters of one memory": lambda: (x := nn.Parameter(leaf()), nn.Parameter(x.detach()[1:])),
+    "pieces": lambda: (x := leaf(), *x.unbind(), *x.split(2, 1)),
+    "pieces with a history": lambda: (x := leaf().requires_grad_(), *x.unbind()),
+    "twice": lambda: (x := leaf(), x),
+    "a view of a class of its own": lambda: (x := leaf().as_subclass(Named), x[:, 1:]),
+    "a view of a class with a history": lambda: (x := leaf().requires_grad_().as_subclass(Named), x[:, 1:]),
+    "inference": lambda: torch.inference_mode()(lambda: with_view(leaf()))(),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_copies_share_memory_as_the_originals_do(name: str) -> None:
+    originals = SHARED[name]()
+    _, copies, _ = copied((len, originals, {}))
+    for original, copy_of_it in zip(originals, copies, strict=True):
+        assert type(original) is type(copy_of_it) and original is not copy_of_it
+        for look in (Tensor.stride, Tensor.storage_offset, Tensor.is_conj, Tensor.is_neg):
+            assert look(original) == look(copy_of_it)
+        assert (original.requires_grad, original.is_leaf) == (copy_of_it.requires_grad, copy_of_it.is_leaf)
+    for at, (original, copy_of_it) in enumerate(zip(originals, copies, strict=True)):
+        with torch.inference_mode(original.is_inference()):
+            original.detach().as_strided((1,), (1,)).fill_(at + 2)
+        copy_of_it.detach().as_strided((1,), (1,)).fill_(at + 2)
+        assert all(torch.equal(one, other) for one, other in zip(originals, copies, strict=True)), at
+
+
+def test_gradients_of_shared_memory() -> None:
+    """A view that enters beside its base, both with a history, which the program then writes to."""
+
+    def body(m: Parts, x: Tensor, y: Tensor) -> Tensor:
+        y.mul_(m.o(x + 1)[:, 1:])
+        return m.block(x + y.sum())
+
+    x = tokens() * 2
+    for inputs in (
+        (x, x[:, 1:]),
+        (x.detach(), x.detach()[:, 1:]),
+        (x[:, :1].expand(X), x[:, 1:]),
+    ):
+        model = Parts(body)
+        verification = verify(model, *inputs, sp_size=2)
+        assert not verification.wrong and not verification.rounding
+        assert "input 0 afterwards" in verification.errors and "grad o.weight" in verification.errors
+        assert ("grad input 0" in verification.errors) == inputs[0].requires_grad
+
+
+class Shared(nn.Module):
+    """A buffer and a parameter that are parts of one memory, which inputs may be as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = Parts(Parts.block)
+        whole = torch.randn(2, 7, 12, dtype=torch.float64)
+        self.memory: Tensor
+        self.register_buffer("memory", whole)
+        self.scale = nn.Parameter(whole[1])
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        self.memory.add_(1)
+        z: Tensor = self.parts(x + self.scale)
+        return z * y
+
+
+def test_inputs_that_are_states_of_the_model() -> None:
+    model = Shared()
+    x = torch.randn(X, dtype=torch.float64)
+    alone = copy.deepcopy(model.parts)(x + model.memory[1:] + 1) * (model.memory[:1, :, :] + 1)
+    _, (given, first), _ = program = copied((model, (x, model.memory[:1]), {}))
+    assert torch.allclose(program[0](given, first), alone)
+    verification = verify(model, x, model.memory[:1], sp_size=2)
+    assert not verification.wrong and not verification.rounding
+    assert {"input 1 afterwards", "buffer memory", "grad scale"} <= verification.errors.keys()
+
+
+def test_memory_that_is_shared_and_written_to_is_not_what_rounding_excuses() -> None:
+    """The values of one device are those of the program, whose view sees what was written."""
+
+    def body(m: Parts, x: Tensor, y: Tensor) -> Tensor:
+        x.mul_(2)
+        return m.block(x + y.sum())
+
+    x = torch.randn(X, dtype=torch.float64)
+    verification = verify(Parts(body), x, x[:, 1:], sp_size=2)
+    assert not verification.wrong and max(max(each) for each in verification.errors.values()) < 1e-12
+    with pytest.raises(VerificationError, match=r"1 of \d+ values on 2 ranks differ"):
+        verify(Parts(lambda m, x, y: body(m, x, y if torch.compiler.is_compiling() else y + 1)), x, x[:, 1:], sp_size=2)
+
+
+@pytest.mark.parametrize("chaos", [lambda y: (y.detach() * 1e16).sin(), lambda y: (y * 1e15).long() % 7])
+def test_what_jumps_with_the_last_bits_is_neither_right_nor_wrong(chaos: Callable[[Tensor], Tensor]) -> None:
+    def body(m: Parts, x: Tensor) -> Any:
+        y = m.block(x)
+        return y, chaos(y.mean(1))
+
+    with pytest.raises(VerificationError, match=r"(?s)1 of \d+ values cannot be verified.*output 1") as raised:
+        verify(Parts(body), tokens().detach(), sp_size=3)
+    assert isinstance(raised.value.verification, Verification)
+    assert raised.value.verification.wrong == raised.value.verification.undecided == ("output 1",)
+    assert "Wrong, or too sensitive to be compared: output 1." in str(raised.value.verification)
+    assert not raised.value.verification.to_dict()["passed"]
+
+
+def test_an_excuse_by_rounding_has_a_bound() -> None:
+    small, large, magnitude = torch.tensor([1e-17]), torch.tensor([1.0]), 3.0
+    assert is_rounding([0.5], [0.1], rounding_bound(small, 1e-9, magnitude))
+    assert not is_rounding([0.5], [0.1], rounding_bound(large, 1e-9, magnitude))
+    assert is_rounding([1e-6], [1e-6], rounding_bound(large, 1e-9, magnitude))
+    assert not is_rounding([1e-6], [1e-8], rounding_bound(large, 1e-9, magnitude))
+    assert not is_rounding([float("inf")], [float("inf")], rounding_bound(None, 1e-9, magnitude))
+    assert not is_rounding([float("inf")], [float("inf")], rounding_bound(small, 1e-9, magnitude))
+    assert magnitude_of([torch.tensor([float("-inf"), -1e9, 2.5, 3.0]), torch.tensor([7]), None]) == 2.5
+
+
+def in_its_own_backward(m: Parts, x: Tensor) -> Tensor:
+    y: Tensor = Reversible.apply(m.block(x), m.head)  # type: ignore[no-untyped-call]
+    return y
+
+
+class Reversible(torch.autograd.Function):
+    """Computes again in backward, as a reentrant checkpoint does, and Reformer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Any:
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.layer(x), gradients)
+        return x.grad, None
+
+
+REENTRANT: dict[str, Body] = {
+    "a checkpoint": lambda m, x: checkpoint(m.block, x, use_reentrant=True),
+    "one that is not compiled": lambda m, x: torch._dynamo.disable(checkpoint)(m.block, m.block(x), use_reentrant=True),
+    "an op of its own": in_its_own_backward,
+}
+
+
+@pytest.mark.parametrize("name", REENTRANT)
+def test_gradients_that_a_backward_inside_of_the_backward_makes(name: str) -> None:
+    model = Parts(REENTRANT[name])
+    verification = verify(model, tokens(), sp_size=2)
+    assert not verification.wrong and "grad o.weight" in verification.errors
+    used = "grad head.weight" if name == "an op of its own" else "grad o.weight"
+    assert run_alone((model, (tokens(),), {})).values[used] is not None
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_gradients_of_what_a_function_closes_over_stay_what_they_are() -> None:
+    model, others = Parts(Parts.block), Parts(Parts.block)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    kept = [parameter.grad for parameter in model.parameters()]
+    verify(lambda x: checkpoint(model.block, x, use_reentrant=True) + others.block(x), tokens(), sp_size=2)
+    for parameter, gradient in zip(model.parameters(), kept, strict=True):
+        assert parameter.grad is gradient and torch.equal(gradient, torch.ones_like(parameter))
+    assert all(parameter.grad is None for parameter in others.parameters())
+
+
+WHOLE = torch.tensor([[1, 2, 3, 0], [0, 3, 1, 2]])
+PAIR = TwoTensor(torch.ones(4), torch.ones(4))
+RAGGED = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=torch.jagged)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_inputs_and_outputs_of_every_kind_of_tensor() -> None:
+    """In one call all that have no numbers to shard; each is returned, and a difference in any of them is wrong."""
+
+    def body(m: Parts, x: Tensor, kinds: dict[str, Tensor]) -> Any:
+        y = m.block(x)
+        odd = torch.complex(y, x)
+        more = {"conjugate": odd.conj(), "negative": odd.conj().imag, "rows": y[0].to_sparse(), "float8": y.to(F8)}
+        return y, kinds, {**more, "quantised": torch.quantize_per_tensor(y.float(), 1.0, 0, torch.quint8)}
+
+    F8 = torch.float8_e4m3fn
+    kinds = {name: make(WHOLE) for name, make in KINDS.items() if name not in ("conjugate", "torch.complex32")}
+    kinds |= {"empty": torch.zeros(0, 3), "sparse": torch.eye(3).to_sparse(), "csr": torch.eye(3).to_sparse_csr()}
+    verification = verify(Parts(body), tokens(), kinds, sp_size=2)
+    assert not verification.wrong and len(verification.graphs) == 1
+    assert {f"output 1 {name}" for name in kinds} | {
+        "output 2 conjugate",
+        "output 2 rows",
+    } <= verification.errors.keys()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [RAGGED.detach().requires_grad_(), RAGGED.detach().requires_grad_() * 2, PAIR],
+    ids=["ragged", "ragged, with a history", "two tensors"],
+)
+def test_wrapped_tensors(given: Tensor) -> None:
+    def body(m: Parts, x: Tensor, given: Tensor) -> Any:
+        y = m.block(x)
+        torch._dynamo.graph_break()
+        return given * y.mean(), y
+
+    verification = verify(Parts(body), tokens(), given, sp_size=2)
+    assert not verification.wrong and len(verification.graphs) == 1
+    assert ("grad input 1" in verification.errors) == given.requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_the_error_of_every_kind_of_tensor(kind: str) -> None:
+    one, same, other = (KINDS[kind](x) for x in (WHOLE, WHOLE.clone(), WHOLE.flip(0)))
+    assert relative_error(one, same) == 0 and relative_error(one, other) > 0
+    assert relative_error(one, WHOLE.to(torch.int32)) == float("inf") or kind == "torch.int32"
+
+
+def test_the_error_of_tensors_that_are_wrapped_or_in_other_layouts() -> None:
+    x = torch.arange(12.0).view(4, 3)
+    both = [lambda x: TwoTensor(x, x), lambda x: torch.nested.nested_tensor([x[:1], x[1:]]), Tensor.to_mkldnn]
+    for make in (*both, Tensor.to_sparse_csr, Tensor.to_sparse_csc, Tensor.to_sparse, ragged):
+        assert relative_error(make(x), make(x.clone())) == 0 < relative_error(make(x), make(x + 1)) < 1
+    assert relative_error(ragged(x), ragged(x, 2)) == float("inf")
+    assert relative_error(x.to("meta"), x.to("meta")) == 0 and relative_error(x, x.to("meta")) == float("inf")
+
+
+def ragged(x: Tensor, at: int = 1) -> Tensor:
+    return torch.nested.nested_tensor([x[:at], x[at:]], layout=torch.jagged)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_difference_that_overflows_is_no_agreement(dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    assert relative_error(torch.tensor([limits.max], dtype=dtype), torch.tensor([limits.min], dtype=dtype)) >= 2
+
+
+def test_gradients_of_many_half_precision_outputs() -> None:
+    """Of more than 65504 numbers: their places are no numbers of that type."""
+    x = torch.ones(70_000, dtype=torch.float16, requires_grad=True)
+    gradient = run_alone((lambda x: x * 2, (x,), {})).values["grad input 0"]
+    assert gradient.isfinite().all() and gradient.unique().numel() > 1000
+
+
+def test_a_loss_of_several_numbers_or_of_complex_ones_is_an_output_like_others() -> None:
+    for loss in (lambda m, x: m.block(x).mean((1, 2)), lambda m, x: (m.block(x) * 1j).mean()):
+        alone = run_alone((Parts(lambda m, x, loss=loss: {"loss": loss(m, x)}), (tokens(2, 7, 12),), {}))
+        assert alone.values["grad input 0"].count_nonzero() > 100
+
+
+class Doubled(Tensor):
+    """What is added to it counts twice."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args = (args[0], 2 * args[1]) if func is Tensor.add else args
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_class_of_tensors_that_changes_nothing() -> None:
+    """It is lost on simulated ranks: as an input that is broken off, as an output, and of what is written to."""
+
+    def body(m: Parts, x: Tensor) -> Any:
+        y = m.block(x.mul_(2))
+        torch._dynamo.graph_break()
+        return y.add(1), m.block(y).as_subclass(Named)
+
+    x = torch.randn(X, dtype=torch.float64)
+    assert not verify(Parts(body), x.as_subclass(Named), sp_size=2).wrong
+    with pytest.raises(VerificationError, match=r"cannot be verified, .*: even with nothing sharded they differ"):
+        verify(Parts(body), x.as_subclass(Doubled), sp_size=2)
+
+
+def test_simulated_ranks_that_are_wrong_by_themselves_are_not_believed() -> None:
+    """numpy writes to a copy of what they hold, and a tensor of compressed rows has no strides."""
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def raised(y: Tensor) -> None:
+        y.detach().numpy()[...] += 1
+
+    def written(m: Parts, x: Tensor) -> Tensor:
+        y = m.block(x)
+        raised(y)
+        return y * 1
+
+    def compressed(m: Parts, x: Tensor) -> Tensor:
+        return m.block(x)[0].to_sparse_csr()
+
+    for body, told in ((written, "they differ in output 0"), (compressed, "RuntimeError: Sparse CSR tensors do not")):
+        with pytest.raises(VerificationError, match=f"cannot be verified, .*: even with nothing sharded,? {told}"):
+            verify(Parts(body), tokens().detach(), sp_size=2)
+
+
+def test_leaves_of_nests_however_deep() -> None:
+    class Slots:
+        __slots__ = ("inside", "itself")
+
+    slots, deep = Slots(), [7]
+    slots.inside, slots.itself = deque([1, (2, 3)]), slots
+    for _ in range(5000):
+        deep = [deep]
+    found = dict(named_leaves({"a": slots, "b": deep, "c": {"d": None}}, ""))
+    assert list(found.values()) == [1, 2, 3, 7, None] and {"a inside 1 0", "c d"} <= found.keys()
 
 
 def test_what_cannot_be_verified_is_refused() -> None:
@@ -397,12 +747,26 @@ def test_what_cannot_be_verified_is_refused() -> None:
         verify(Parts(Parts.block), tokens(), options={"outputs": "shard"})
     with pytest.raises(ConfigurationError, match="unknown option 'attentoin'; did you mean 'attention'"):
         verify(Parts(Parts.block), tokens(), options={"attentoin": "ulysses"})
-    with pytest.raises(ConfigurationError, match="the meta device has no data"):
+    with pytest.raises(ConfigurationError, match="on the meta device have no data"):
         verify(Parts(Parts.block).to("meta"), tokens().to("meta"))
     with pytest.raises(ConfigurationError, match="sp_size is 0"):
         verify(Parts(Parts.block), tokens(), sp_size=0)
     with fake_world(2), pytest.raises(ConfigurationError, match="a process of its own"):
         verify(Parts(Parts.block), tokens())
+    with pytest.raises(ConfigurationError, match="fake or on the meta device"):
+        verify(len, FakeTensorMode().from_tensor(torch.ones(2)))
+    with pytest.raises(ConfigurationError, match=r"copies .* which cannot be copied: TypeError"):
+        verify(len, (number for number in range(3)))
+
+
+@pytest.mark.parametrize("tolerance", [float("nan"), float("inf"), -1e-6, 1.0, "1e-6"])
+def test_a_tolerance_that_tells_nothing_is_refused(tolerance: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigurationError, match=f"the tolerance is {tolerance}; it takes a relative error"):
+        verify(Parts(Parts.block), tokens(), tolerance=tolerance)
+    if isinstance(tolerance, float):
+        with pytest.raises(SystemExit) as raised:
+            main(["verify", "tests.test_verify:right_model", f"--tolerance={tolerance}"])
+        assert raised.value.code == 2 and "the tolerance is" in capsys.readouterr().err
 
 
 # Comparison
