@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from sp_compile.errors import ConfigurationError
+from sp_compile.guard import start_guard, stop_guard
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ def init_sequence_parallel(sequence_parallel_size: int | None = None, *, device_
         _state.epoch + 1, group, data_parallel_group, data_group, dist.group.WORLD, optimize_ddp
     )
     torch._dynamo.reset()  # Dynamo does not guard on the group: what was compiled before compiles anew
+    start_guard(group)
 
 
 def cuts_graphs_for_ddp() -> bool:
@@ -116,6 +118,7 @@ def destroy_sequence_parallel() -> None:
     if state.optimize_ddp is not None:
         torch._dynamo.config.optimize_ddp = state.optimize_ddp  # type: ignore[assignment]
     torch._dynamo.reset()
+    stop_guard(state.group)
     dist.destroy_process_group(state.group)
     dist.destroy_process_group(state.data_parallel_group)
     dist.destroy_process_group(state.data_group)

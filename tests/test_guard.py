@@ -13,7 +13,7 @@ from torch import Tensor
 from sp_compile import RankLostError, RankMismatchError, rewritten_graphs, sp_backend
 from sp_compile.accounts import explain_accounts
 from sp_compile.checksums import CHUNK, checksum, checksums_of
-from sp_compile.guard import _draws
+from sp_compile.guarded_graph import _draws
 from sp_compile.simulation import simulate
 
 from .test_passes import Block
