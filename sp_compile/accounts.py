@@ -67,27 +67,27 @@ def explain_accounts(
     if late:
         ahead = [rank for rank, account in sorted(accounts.items()) if account["number"] == late[0]["number"]]
         missing = [rank for rank in range(size) if rank not in ahead] or ahead
-        silent = f" There is no word of {_ranks(absent)}, where guards may be off." if absent else ""
+        silent = f" There is no word of {_ranks(absent)}: stopped, or guards are off there." if absent else ""
         return RankMismatchError, (
             f"{_ranks(missing)} of the SP group did not come within {late[0]['timeout']:g} s to where {_ranks(ahead)} "
             f"waited:{places}\n{_ADVICE}{silent} A rank that alone works for longer between two calls, on a checkpoint "
             f"say, needs options={{'guard_timeout': seconds}}.\n{_LOST}"
         )
     silent_for = [account["timeout"] for account in accounts.values() if account["cause"] == "silent"]
-    if absent and silent_for:
+    if silent_for:
+        silent_ranks = _ranks(absent) if absent else "a rank"
         return RankLostError, (
-            f"{_ranks(absent)} of the SP group gave no sign of life for {silent_for[0]:g} s while others needed it:"
+            f"{silent_ranks} of the SP group gave no sign of life for {silent_for[0]:g} s while others needed it:"
             f"{places}\nIts process is stopped, by a signal or a debugger, or its machine cannot be reached. {_LOST}"
         )
     gone = sorted(absent + [rank for rank, account in accounts.items() if account["cause"] == "left"])
     if gone:
-        words = [f"{_ranks([rank])} by {accounts[rank]['text']}" for rank in gone if accounts.get(rank, {}).get("text")]
-        cause = (
-            f"It ended {', '.join(words)}."
-            if words
-            else f"The cause is in the output of {_ranks(gone)}: an exception, a loop with fewer batches than those of "
-            "the others, or a process that the system killed for its memory."
+        said = [f"{_ranks([rank])} {accounts[rank]['text']}" for rank in gone if accounts.get(rank, {}).get("text")]
+        unknown = (
+            f"The cause is in the output of {_ranks(gone)}: an exception, a loop with fewer batches than those of the "
+            "others, or a process that the system killed for its memory."
         )
+        cause = f"{'; '.join(said)}." if said else unknown
         return RankLostError, (
             f"{_ranks(gone)} of the SP group ended, or left the group, while others needed it:{places}\n{cause} "
             "Then start all ranks anew."
@@ -160,8 +160,10 @@ def _difference(a: Account, b: Account, one: int, others: Sequence[int]) -> str:
 
 def _advice_on_shapes(mine: Value, yours: Value) -> str:
     """What to do of one input in two shapes."""
-    if mine.kind == "parameter" or mine.spec.partition("[")[0] != yours.spec.partition("[")[0]:
-        return "Build the model, and the inputs, alike on every rank."
+    if mine.kind == "parameter":
+        return "The ranks call different models, or have built one in different ways."
+    if mine.spec.partition("[")[0] != yours.spec.partition("[")[0]:
+        return "Give it the same dtype on every rank."
     return (
         "All ranks of an SP group work on the same batch: give the loader sp_compile.data.sp_sampler, or let each load "
         "its own and loop over sync_inputs(batch), which takes batches of unequal shapes."

@@ -37,8 +37,8 @@ from .debug import RewrittenGraph, log_summary, record, record_unsharded
 from .errors import CaptureError, ConfigurationError, FallbackError, user_line
 from .graph import GraphRules, leaving_no_symbols
 from .group import current_epoch, cuts_graphs_for_ddp, mesh_of, rank_tensor, resolve_group
-from .guard import guard_of
 from .guarded_graph import guard_graph, telling_of_failure
+from .guards import guard_of
 from .inductor import inductor_settings
 from .ops import LOWERING_VERSION
 from .passes.find_attention import find_attention

@@ -68,17 +68,25 @@ def generator_checksums(values: Sequence[Any]) -> dict[str, int]:
     return {kind: int(checksum(state)) for kind, state in states.items()}
 
 
-def integer_checksum(tensor: Tensor) -> int:
-    """A checksum of an integer or boolean tensor, for every call: a change of one element that it reads is seen.
+def is_compared_whole(dtype: torch.dtype) -> bool:
+    """Whether `integer_checksum` takes it at every call, and not `samples_of`: whole numbers, and floats of a byte."""
+    return not (dtype.is_floating_point or dtype.is_complex) or dtype.itemsize == 1 or dtype == torch.complex32
 
-    It reads every element of up to `WHOLE`; of a longer tensor every n-th in row-major order, n odd.
+
+def integer_checksum(tensor: Tensor) -> Tensor:
+    """A 0-dimensional int64 on the device of `tensor`, one that `is_compared_whole`: a checksum for every call.
+
+    It reads every element of up to `WHOLE`, and sees a change of one; of a longer tensor it reads every n-th in
+    row-major order, n odd.
     """
     flat = tensor.detach()
+    if flat.is_floating_point() or flat.is_complex():
+        flat = flat.view(torch.uint8 if flat.element_size() == 1 else torch.int32)
     count = flat.numel()
     if count > WHOLE:
         flat = flat.take(_every(count, flat.device))
     weights = _known_weights(flat.device)[: flat.numel()]
-    return int((flat.reshape(-1).to(torch.int64) * weights).sum())
+    return (flat.reshape(-1).to(torch.int64) * weights).sum()
 
 
 def samples_of(tensors: Sequence[Tensor], found: Tensor) -> list[int]:
@@ -102,7 +110,7 @@ def samples_of(tensors: Sequence[Tensor], found: Tensor) -> list[int]:
 def generator_checksum(kind: str) -> int:
     """As `generator_checksums`, of one device type and cheap enough for every call."""
     state = torch.get_rng_state() if kind == "cpu" else torch.get_device_module(kind).get_rng_state()
-    return integer_checksum(state)
+    return int(integer_checksum(state))
 
 
 @lru_cache(maxsize=8)

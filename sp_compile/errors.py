@@ -104,3 +104,9 @@ def raised_at(error: BaseException) -> str:
             code = linecache.getline(file, line).strip()
             return f"{Path(file).name}:{line} in {frame.f_code.co_name}" + (f": {code}" if code else "")
     return ""
+
+
+def in_words(error: BaseException) -> str:
+    """`IndexError: index out of range in self`: its type, and the first line of its text."""
+    first = str(error).strip().partition("\n")[0][:300]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

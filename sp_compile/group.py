@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from sp_compile.errors import ConfigurationError
-from sp_compile.guard import start_guard, stop_guard
+from sp_compile.guards import start_guard, stop_guard
 
 log = logging.getLogger(__name__)
 

@@ -32,73 +32,45 @@ anything later than N only after r has come to that too, hence has left N.
 
 from __future__ import annotations
 
-import atexit
-import ctypes
-import hashlib
 import itertools
-import json
 import logging
 import os
 import re
-import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._dynamo.callback import callback_handler
 from torch.distributed import ProcessGroup
 from torch.utils import _pytree as pytree
-from torch.utils._dtype_abbrs import dtype_abbrs
-from torch.utils._python_dispatch import _disable_current_modes
 
 from .accounts import Account, explain_accounts
-from .errors import ConfigurationError, SequenceParallelError, raised_at
+from .errors import ConfigurationError, SequenceParallelError, in_words, raised_at
+from .event import DTYPES, Event, digest_of, hash_of, unseen
 from .gate import COLLECTIVES, Gate, Waiting
 from .peers import ASK, Peers, end_collectives
-from .samples import Samples
+from .samples import LateSamples, Samples
+from .watch import TICK, Watch, know_who_compiles
 
 log = logging.getLogger(__name__)
 
 GRACE = 3.0
 """Seconds that a rank which has failed waits for word of the others."""
 
-TICK = 0.5
-"""Seconds between two looks at what others say, at most; an eighth of `guard_timeout` where that is less."""
-
-BEAT = 10.0
-"""Seconds between two signs of life, at most; an eighth of `guard_timeout` where that is less."""
-
 MEETING = 600.0
 """Seconds that ranks may come later than others to where they connect."""
 
+FORKED = (
+    "this process was forked from a rank of the SP group, and is none itself: call the compiled model in the rank, or "
+    "the uncompiled one here"
+)
+
 _TRANSPORT = re.compile(r"gloo|nccl|application timeout|connection (closed|reset)|broken pipe|socket", re.IGNORECASE)
-_BITS = (1 << 63) - 1
 _EXCHANGE = 3
-DTYPES = {dtype: index for index, dtype in enumerate(sorted(dtype_abbrs, key=str))}
-"""A number for each dtype, the same in every process."""
-
-
-class Event:
-    """A place that every rank comes to, and what each says of it."""
-
-    def __init__(
-        self, number: int, digest: int, account: Callable[[], Account], samples: Samples, timeout: float
-    ) -> None:
-        self.number, self.digest, self.account = number, digest, account
-        self.samples, self.timeout = samples, timeout
-        self.started, self.thread = time.monotonic(), threading.get_ident()
-        self.inside, self.agreed = True, False
-        self.launched = 0
-        """Collectives that this rank has launched in it."""
-        self.work: Any = None
-        self.said: Tensor | None = None
 
 
 class Guard:
@@ -115,6 +87,8 @@ class Guard:
         self._pending: list[Event] = []
         """Those on which agreement has not been seen, in order."""
         self._last: Event | None = None
+        self._late: LateSamples | None = None
+        """Values of the last call, which the next event tells of."""
         self._departure: tuple[Event | None, Account] | None = None
         """The event "raised" of the exception that left an event last, until all agree on it, and its account."""
         self._failing = threading.Lock()
@@ -123,18 +97,16 @@ class Guard:
         """What was raised last of the failure."""
         self._told = threading.Event()
         self._ended = threading.Event()
-        self._departures: dict[int, tuple[int, int]] = {}
-        """By rank, the event that it last left by an exception, and how many collectives it had launched."""
         self._has_met = False
         self._timeout = MEETING
-        self._clock = _Clock()
+        self._watch = Watch(self._peers)
         self.gate = Gate(group, self._admit)
 
     def connect(self) -> None:
         """Connect to the other ranks, all of which call it."""
         self._peers.connect(self._timeout)
         self._has_met = True
-        _know_who_compiles()
+        know_who_compiles()
         threading.Thread(target=self._look_after, name="sp_compile guard", daemon=True).start()
 
     def take(
@@ -145,6 +117,7 @@ class Guard:
         call: Callable[..., Any],
         *args: Any,
         samples: Samples | None = None,
+        late: LateSamples | None = None,
         ahead: bool = False,
     ) -> Any:
         """`call(*args)`, as an event. Returns what it returns, once all ranks agree.
@@ -154,10 +127,12 @@ class Guard:
             account: tells what this rank is at, for the others to read if they do not agree.
             timeout: seconds that a rank may come later than others.
             samples: values in which they have to agree up to rounding.
+            late: values that are known only later, and compared at the next event.
             ahead: wait for agreement before the call, not at its first collective.
         """
         self._timeout = timeout
         event = self._enter(digest, account, samples)
+        self._late = late
         try:
             if ahead:
                 self.settle(event)
@@ -210,12 +185,12 @@ class Guard:
         if self._failure is not None:
             raise self._raised()
 
-    def close(self, error: BaseException | None = None) -> None:
-        """Give up the connections. Others that still need this rank are told where it left, and of what `error`."""
+    def close(self, why: str = "") -> None:
+        """Give up the connections. Others that still need this rank are told where it left, and why."""
         with self._failing:
             if self._failure is None:
-                if error is not None or self._pending or self._open:
-                    self._peers.say("account", self._account("left", "" if error is None else _in_words(error)))
+                if why or self._pending or self._open:
+                    self._peers.say("account", self._account("left", why))
                 text = "the SP group that this model was compiled for has been destroyed; compile it for another"
                 self._failure = ConfigurationError, text
             self._told.set()
@@ -225,7 +200,7 @@ class Guard:
 
     def look(self) -> bool:
         """What the thread does at each tick; whether there will be another."""
-        group, clock = self._group(), self._clock
+        group = self._group()
         if self._ended.is_set() or (self._failure is not None and self._told.is_set()):
             return False
         if group is None or not _is_registered(group):
@@ -235,16 +210,10 @@ class Guard:
             # Whoever waits for this rank elsewhere, in a collective of the user's say, may never come to raise it.
             log.error("%s", self._raised())
             return False
-        if clock.stood_still(self._tick()):
-            self._peers.forget_silence()
-        period = min(BEAT, self._timeout / 8)
-        if clock.beats(period, _compiling.is_set()):
-            last = self._last
-            self._peers.beat(-1 if last is None else last.number, _compiling.is_set(), period)
-        cause = self._word_of_failure() or self._overdue()
+        number = -1 if self._last is None else self._last.number
+        cause = self._watch.look(self._inside(), number, self._timeout)
         if cause:
             self.fail(cause)
-        _know_who_compiles()
         return True
 
     def connections(self) -> list[Any]:
@@ -259,35 +228,6 @@ class Guard:
     def _tick(self) -> float:
         return min(TICK, self._timeout / 8)
 
-    def _word_of_failure(self) -> str:
-        """Whether another rank has failed, or has left what this one waits for by an exception."""
-        if self._peers.flag("failed") is not None:
-            return "told"
-        event = self._inside()
-        if event is None:
-            return ""
-        word = self._peers.flag("raised")
-        if word is not None and self._clock.is_news(word):
-            self._departures = {r: (n, c) for r, (n, c) in self._peers.heard("raised", range(self._size)).items()}
-        return "told" if self._awaits_departed(event, event.launched - 1) else ""
-
-    def _awaits_departed(self, event: Event, index: int) -> bool:
-        """Whether the collective of this index in an event is one that some rank will not launch."""
-        return any(number == event.number and launched <= index for number, launched in self._departures.values())
-
-    def _overdue(self) -> str:
-        """Whether this rank has waited too long for one that does not come, or that gives no sign of life."""
-        event, now = self._inside(), time.monotonic()
-        if event is None or now - event.started < min(BEAT, event.timeout / 8):
-            return ""
-        beats = self._peers.beats().values()
-        missing = [beat for beat in beats if beat.number < event.number]
-        if not missing or event.agreed or any(beat.compiles for beat in missing):
-            self._clock.waiting_since = now
-        elif now - max(event.started, self._clock.waiting_since) >= event.timeout:
-            return "late"
-        return "silent" if any(now - beat.heard >= event.timeout + beat.period for beat in beats) else ""
-
     def _inside(self) -> Event | None:
         """The innermost event that this process is inside of, as a thread beside may see it."""
         return next(iter(self._open[-1:]), None)
@@ -299,10 +239,7 @@ class Guard:
         samples: Samples | None = None,
     ) -> Event:
         if self._process != os.getpid():
-            raise ConfigurationError(
-                "this process was forked from a rank of the SP group, and is none itself: call the compiled model in "
-                "the rank, or the uncompiled one here"
-            )
+            raise ConfigurationError(FORKED)
         with self._entering:
             alone = not self._open or self._open[-1].thread == threading.get_ident()
             if alone:
@@ -319,7 +256,12 @@ class Guard:
             self._meet()
         while self._pending and self._pending[0].work.is_completed():  # one that an exception left
             self.settle(self._pending[0])
+        late, self._late = self._late, None
         with unseen():
+            if late is not None:
+                checksums, samples = late.read()
+                inputs = partial(late.inputs, checksums, samples)
+                digest, account = hash_of(digest, *checksums), partial(_with_inputs, account, inputs)
             samples = samples or Samples()
             samples.words[0] = digest
             event = Event(next(self._numbers), digest, account, samples, self._timeout)
@@ -341,7 +283,7 @@ class Guard:
             self._refuse_thread()
         if not event.agreed:
             self.settle(event)
-        if self._departures and self._awaits_departed(event, event.launched):
+        if self._watch.awaits_departed(event, event.launched):
             self.fail("told")
             self.raise_failure()
         event.launched += 1
@@ -408,7 +350,7 @@ class Guard:
     def _said_departure(self, error: BaseException, account: Account, number: int, launched: int) -> Account:
         """Leave word of what has left an event. Returns the account of this rank since."""
         kind = type(error).__name__
-        raised = {"kind": kind, "text": _in_words(error), "line": raised_at(error), "launched": launched}
+        raised = {"kind": kind, "text": in_words(error), "line": raised_at(error), "launched": launched}
         account = {**account, "raised": raised, "what": f"raised {kind} where it {account['what']}"}
         self._departure = None, account
         self._peers.say("raised", (number, launched))
@@ -469,99 +411,6 @@ class Guard:
         return self._latest
 
 
-class _Clock:
-    """What the thread remembers from tick to tick."""
-
-    def __init__(self) -> None:
-        self._looked = self._beaten = self.waiting_since = time.monotonic()
-        self._compiled, self._news = False, ""
-
-    def stood_still(self, tick: float) -> bool:
-        """Whether this process was stopped for a while, as by a signal or a debugger."""
-        before, self._looked = self._looked, time.monotonic()
-        stood = self._looked - before > 4 * tick + 1
-        if stood:
-            self.waiting_since = self._looked
-        return stood
-
-    def beats(self, period: float, compiles: bool) -> bool:
-        """Whether a sign of life is due: once in a period, and when this rank begins or ends to compile."""
-        due = compiles != self._compiled or time.monotonic() - self._beaten >= period
-        if due:
-            self._beaten, self._compiled = time.monotonic(), compiles
-        return due
-
-    def is_news(self, word: str) -> bool:
-        before, self._news = self._news, word
-        return before != word
-
-
-_guards: weakref.WeakKeyDictionary[ProcessGroup, Guard] = weakref.WeakKeyDictionary()
-_of_parent: list[Guard] = []
-_compiling = threading.Event()
-
-
-def guard_of(group: ProcessGroup) -> Guard | None:
-    """The guard of an SP group. Returns None of ranks that one process simulates, and where there is no gloo."""
-    backends = {group._get_backend(device).name() for device in group._device_types}
-    if "fake" in backends or not dist.is_gloo_available() or group.size() == 1:
-        return None
-    if group not in _guards:
-        _guards[group] = Guard(group)
-    return _guards[group]
-
-
-def start_guard(group: ProcessGroup) -> None:
-    """Connect the ranks of a group, all of which call it, before one of them can be lost."""
-    guard = guard_of(group)
-    if guard is not None:
-        guard.connect()
-
-
-def stop_guard(group: ProcessGroup) -> None:
-    """End what `start_guard` has begun."""
-    guard = _guards.pop(group, None)
-    if guard is not None:
-        guard.close()
-
-
-@atexit.register
-def _close_all() -> None:
-    """An interpreter that ends does not wait for ranks that do not come, and says of what it ends."""
-    for guard in list(_guards.values()):
-        guard.close(getattr(sys, "last_value", None))
-
-
-def _forget_all() -> None:
-    """In a forked process: connections are its parent's, and so are the threads that a destructor would wait for."""
-    groups = list(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else []
-    kept = [*groups, *(group._get_backend(device) for group in groups for device in group._device_types)]
-    _of_parent.extend(_guards.values())
-    kept += [each for guard in _of_parent for each in guard.connections()]
-    for each in kept:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
-    _guards.clear()
-
-
-os.register_at_fork(after_in_child=_forget_all)
-
-
-def _starts(_: Any) -> None:
-    _compiling.set()
-
-
-def _ends(_: Any) -> None:
-    _compiling.clear()
-
-
-def _know_who_compiles() -> None:
-    """Have Dynamo tell when it traces and compiles, backward graphs too; `torch._dynamo.reset` makes it forget."""
-    if _starts not in callback_handler.start_callbacks:
-        _compiling.clear()
-        callback_handler.register_start_callback(_starts)
-        callback_handler.register_end_callback(_ends)
-
-
 def _is_registered(group: ProcessGroup) -> bool:
     try:
         dist.get_process_group_ranks(group)
@@ -570,27 +419,5 @@ def _is_registered(group: ProcessGroup) -> bool:
     return True
 
 
-def _in_words(error: BaseException) -> str:
-    first = str(error).strip().partition("\n")[0][:300]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
-
-
-@contextmanager
-def unseen() -> Iterator[None]:
-    """What the user's modes count, record or replace are the user's own ops; the guard's have no gradients either."""
-    with torch.no_grad():
-        if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-            with _disable_current_modes(), torch._C.DisableTorchFunction():
-                yield
-        else:
-            yield
-
-
-def digest_of(*parts: Any) -> int:
-    """63 bits of what JSON can say, alike in every process."""
-    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big") & _BITS
-
-
-def hash_of(*numbers: Any) -> int:
-    """The same of numbers and tuples of them, in a microsecond: Python salts the hashes of text only."""
-    return hash(numbers) & _BITS
+def _with_inputs(account: Callable[[], Account], inputs: Callable[[], Any]) -> Account:
+    return {**account(), "values": inputs()}

@@ -17,12 +17,20 @@ from torch.nn import Parameter
 from torch.utils._dtype_abbrs import dtype_abbrs
 
 from .accounts import Account, Value
-from .checksums import checksums_of, generator_checksum, generator_checksums, integer_checksum, samples_of
+from .checksums import (
+    checksums_of,
+    generator_checksum,
+    generator_checksums,
+    integer_checksum,
+    is_compared_whole,
+    samples_of,
+)
 from .config import SequenceParallelConfig
 from .debug import RewrittenGraph, format_graph
 from .errors import SequenceParallelError
-from .guard import DTYPES, Guard, digest_of, hash_of, unseen
-from .samples import Samples
+from .event import DTYPES, digest_of, hash_of, unseen
+from .guard import Guard
+from .samples import SAMPLES, LateSamples, Samples
 
 Compiled = Callable[..., Any]
 _CALL, _BACKWARD = 1, 2
@@ -56,14 +64,16 @@ class GuardedGraph:
         self._numbers: list[int] = []
         """Inputs that are sampled at each call: whole numbers, and others."""
         self._generators: list[str] = []
-        self._is_remote = any(isinstance(x, Tensor) and x.device.type != "cpu" for x in example_inputs)
-        """Whether the host runs ahead of what it launches: it may wait at the start of a call then."""
+        devices = (x.device for x in example_inputs if isinstance(x, Tensor))
+        self._device = next((device for device in devices if device.type not in ("cpu", "meta")), None)
+        """The accelerator, if there is one. The host runs ahead of it: it may wait where a call begins, and not for
+        values."""
         self._backward_watched = False
 
     def compile(self, compile_inner: Callable[[], Compiled]) -> Compiled:
         """What `compile_inner()` gives, once all ranks are about to compile this graph. Its calls are events."""
         digest = digest_of("compile", self._key, self._specs)
-        inner: Compiled = self._take(digest, "compiles", self._values, compile_inner, ahead=True)
+        inner: Compiled = self._take(digest, self._values, compile_inner, does="compiles", ahead=True)
         return self._watch(inner)
 
     def _watch(self, inner: Compiled) -> Compiled:
@@ -88,24 +98,28 @@ class GuardedGraph:
         """What runs a call that agrees in shapes, integers and samples of the rest."""
         seen = [(x.dtype, x.shape) if isinstance(x, Tensor) else x for x in map(args.__getitem__, self._watched)]
         sizes = [(DTYPES[x[0]], *x[1]) if isinstance(x, tuple) else x for x in seen if isinstance(x, tuple | int)]
-        sums = [integer_checksum(args[index]) for index in self._integers]
         random = {kind: generator_checksum(kind) for kind in self._generators}
-        samples = Samples()
-        numbers = [args[index] for index in self._numbers]
-        counts = samples_of(numbers, samples.values) if numbers else []
-        samples.parts = [(count, _tolerance(x.dtype)) for count, x in zip(counts, numbers, strict=True)]
+        whole, numbers = ([args[index] for index in at] for at in (self._integers, self._numbers))
 
-        def values() -> list[Value]:
+        def values(checksums: Sequence[int], samples: Samples) -> list[Value]:
             specs = {**dict(enumerate(self._specs)), **dict(zip(self._watched, map(_spec, seen), strict=True))}
-            checksums = dict(zip(self._integers, sums, strict=True))
-            found = self._values(list(specs.values()), [checksums.get(index) for index in specs])
-            taken = zip(self._numbers, samples.by_tensor(samples.values.tolist()), samples.parts, strict=True)
-            for index, numbers, (_, tolerance) in taken:
-                found[index] = found[index]._replace(samples=numbers, tolerance=tolerance)
+            known = dict(zip(self._integers, checksums, strict=False))  # none yet of what is late
+            found = self._values(list(specs.values()), [known.get(index) for index in specs])
+            taken = zip(self._numbers, samples.by_tensor(samples.values.tolist()), samples.parts, strict=False)
+            for index, sampled, (_, tolerance) in taken:
+                found[index] = found[index]._replace(samples=sampled, tolerance=tolerance)
             return found
 
-        digest = hash_of(self._key, _CALL, *sizes, *sums, *random.values())
-        return partial(self._take, digest, "calls", values, random=random, samples=samples, ahead=self._is_remote)
+        digest = hash_of(self._key, _CALL, *sizes, *random.values())
+        take = partial(self._take, does="calls", random=random)
+        if self._device is None:
+            samples, sums = Samples(), [int(integer_checksum(x)) for x in whole]
+            samples.parts = _sampled(numbers, samples.values)
+            return partial(take, hash_of(digest, *sums), partial(values, sums, samples), samples=samples)
+        there = [[x.to(self._device, non_blocking=True) for x in each] for each in (whole, numbers)]
+        taken = torch.zeros(SAMPLES, dtype=torch.float64, device=self._device)
+        late = LateSamples([integer_checksum(x) for x in there[0]], taken, _sampled(there[1], taken), values)
+        return partial(take, digest, partial(values, [], Samples()), late=late, ahead=True)
 
     def _with_values(self, args: Sequence[Any]) -> Callable[..., Any]:
         """What runs a call that agrees in all values, bit for bit."""
@@ -116,7 +130,7 @@ class GuardedGraph:
         specs = [_spec(value) for value in args]
         digest = digest_of("call", self._key, specs, checksums, random)
         values = partial(self._values, specs, checksums)
-        return partial(self._take, digest, "calls", values, random=random, is_first=True, ahead=True)
+        return partial(self._take, digest, values, does="calls", random=random, is_first=True, ahead=True)
 
     def _choose_samples(self, args: Sequence[Any]) -> None:
         """What is sampled: dense inputs that are no parameters or buffers, and of which no rank has rows of its own."""
@@ -125,8 +139,7 @@ class GuardedGraph:
         for index, (kind, value) in enumerate(zip(self._kinds, args, strict=False)):
             dense = type(value) is Tensor and value.layout == torch.strided and not value.is_meta
             if kind == "input" and dense and not value.is_quantized and value.dtype in DTYPES:
-                whole = not (value.dtype.is_floating_point or value.dtype.is_complex)
-                (self._integers if whole else self._numbers).append(index)
+                (self._integers if is_compared_whole(value.dtype) else self._numbers).append(index)
         if self._draws:
             devices = {value.device.type for value in args if isinstance(value, Tensor)}
             self._generators = sorted({"cpu"} | devices - {"meta"})
@@ -139,13 +152,14 @@ class GuardedGraph:
     def _take(
         self,
         digest: int,
-        does: str,
         values: Callable[[], list[Value]],
         call: Callable[..., Any],
         *args: Any,
+        does: str,
         random: Mapping[str, int] | None = None,
         is_first: bool = False,
         samples: Samples | None = None,
+        late: LateSamples | None = None,
         ahead: bool = False,
     ) -> Any:
         """`call(*args)` as an event."""
@@ -155,7 +169,7 @@ class GuardedGraph:
             return {**own, "values": values(), "random": random or {}, "is_first": is_first}
 
         timeout = self._config.guard_timeout
-        return self._guard.take(digest, account, timeout, call, *args, samples=samples, ahead=ahead)
+        return self._guard.take(digest, account, timeout, call, *args, samples=samples, late=late, ahead=ahead)
 
     def _watch_backward(self, outputs: Sequence[Any]) -> None:
         """AOTAutograd makes one autograd Function for a graph; its backward becomes an event as well."""
@@ -166,7 +180,8 @@ class GuardedGraph:
         backward, digest = function.backward, hash_of(self._key, _BACKWARD)
 
         def watched(ctx: Any, *grads: Any) -> Any:
-            return self._take(digest, "runs the backward of", list, backward, ctx, *grads, ahead=self._is_remote)
+            ahead = self._device is not None
+            return self._take(digest, list, backward, ctx, *grads, does="runs the backward of", ahead=ahead)
 
         function.backward = staticmethod(watched)
         self._backward_watched = True
@@ -255,9 +270,13 @@ def _spec(value: Any) -> str:
     return str(value) if isinstance(value, int) else type(value).__name__
 
 
-def _tolerance(dtype: torch.dtype) -> float:
-    """Half of the digits: what nondeterministic kernels and other orders of sums change is far below."""
-    return math.sqrt(torch.finfo(dtype).eps)
+def _sampled(tensors: Sequence[Tensor], found: Tensor) -> list[tuple[int, float]]:
+    """Write samples of tensors to `found`. Returns how many each has, and how far two ranks may be apart in them.
+
+    That is half of the digits: what nondeterministic kernels and other orders of sums change is far below.
+    """
+    counts = samples_of(tensors, found)
+    return [(count, math.sqrt(torch.finfo(x.dtype).eps)) for count, x in zip(counts, tensors, strict=True)]
 
 
 def _draws(node: fx.Node) -> bool:

@@ -9,6 +9,7 @@ The store is reached by a connection of its own: one that somebody waits with wo
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -67,7 +68,10 @@ class Peers:
         self._gloo = dist.ProcessGroupGloo(gloo, self.rank, self.size, patience)
 
     def gather(self, own: Tensor) -> tuple[Any, Tensor] | None:
-        """Start to gather a row of each rank. Returns the work to wait for and what will hold them; None after the end."""
+        """Start to gather a row of each rank. Returns the work to wait for, and what will hold them.
+
+        None: the connections have been closed.
+        """
         gloo, options = self._gloo, AllgatherOptions()
         if gloo is None:
             return None
@@ -151,8 +155,11 @@ def end_collectives(group: ProcessGroup) -> None:
 
 
 def end_gloo(backend: Any) -> None:
-    """`abort` of a gloo group does nothing (torch 2.13). One receive that times out closes its connections."""
-    other, nothing = (backend.rank() + 1) % backend.size(), torch.zeros(1, device="cpu")
-    for tag in range(8):  # a context for each network interface takes its turn by the tag
+    """`abort` of a gloo group does nothing (torch 2.13). A receive that times out closes all of its connections.
+
+    One from a rank that has closed its own fails at once, and closes nothing: so each of them is asked.
+    """
+    nothing, others = torch.zeros(1, device="cpu"), set(range(backend.size())) - {backend.rank()}
+    for tag, other in itertools.product(range(8), others):  # each network interface has a context, by the tag
         with suppress(RuntimeError):
             backend.recv([nothing], other, tag).wait(timedelta(milliseconds=1))

@@ -1,0 +1,102 @@
+"""What a rank hears of the others while it waits for them, and how long it waits: rule 5 of `guard`."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from torch._dynamo.callback import callback_handler
+
+from .event import Event
+from .peers import Peers
+
+TICK = 1.0
+"""Seconds between two looks at what others say, at most; an eighth of `guard_timeout` where that is less."""
+
+BEAT = 5.0
+"""Seconds between two signs of life, at most; an eighth of `guard_timeout` where that is less."""
+
+
+class Watch:
+    """Called by the thread of a guard, tick by tick."""
+
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
+        self._looked = self._beaten = self._waiting_since = time.monotonic()
+        self._compiled, self._word = False, ""
+        self._departures: dict[int, tuple[int, int]] = {}
+        """By rank, the event that it last left by an exception, and how many collectives it had launched."""
+
+    def look(self, event: Event | None, number: int, timeout: float) -> str:
+        """Give a sign of life, and look for those of others. Returns the cause of a failure; "" if there is none.
+
+        Args:
+            event: what this rank is inside of.
+            number: that of the last event that it has come to.
+            timeout: how late others may be, in seconds.
+        """
+        before, self._looked = self._looked, time.monotonic()
+        if self._looked - before > 4 * min(TICK, timeout / 8) + 1:
+            # This process has stood still, by a signal or a debugger: whom it has not heard of may have spoken.
+            self._waiting_since = self._looked
+            self._peers.forget_silence()
+        self._beat(number, min(BEAT, timeout / 8))
+        know_who_compiles()
+        if self._peers.flag("failed") is not None:
+            return "told"
+        if event is None:
+            return ""
+        return self._departed(event) or self._overdue(event)
+
+    def awaits_departed(self, event: Event, index: int) -> bool:
+        """Whether the collective of this index in an event is one that some rank will not launch."""
+        return any(number == event.number and launched <= index for number, launched in self._departures.values())
+
+    def _beat(self, number: int, period: float) -> None:
+        """Once in a period, and when this rank begins or ends to compile."""
+        compiles = _compiling.is_set()
+        if compiles != self._compiled or self._looked - self._beaten >= period:
+            self._beaten, self._compiled = self._looked, compiles
+            self._peers.beat(number, compiles, period)
+
+    def _departed(self, event: Event) -> str:
+        """Whether another rank has left what this one waits for by an exception."""
+        word = self._peers.flag("raised")
+        if word is not None and word != self._word:
+            self._word = word
+            heard = self._peers.heard("raised", range(self._peers.size))
+            self._departures = {rank: (number, launched) for rank, (number, launched) in heard.items()}
+        return "told" if self.awaits_departed(event, event.launched - 1) else ""
+
+    def _overdue(self, event: Event) -> str:
+        """Whether this rank has waited too long for one that does not come, or that gives no sign of life."""
+        now = self._looked
+        if now - event.started < min(BEAT, event.timeout / 8):
+            return ""
+        beats = self._peers.beats().values()
+        missing = [beat for beat in beats if beat.number < event.number]
+        if not missing or event.agreed or any(beat.compiles for beat in missing):
+            self._waiting_since = now
+        elif now - max(event.started, self._waiting_since) >= event.timeout:
+            return "late"
+        return "silent" if any(now - beat.heard >= event.timeout + beat.period for beat in beats) else ""
+
+
+_compiling = threading.Event()
+
+
+def know_who_compiles() -> None:
+    """Have Dynamo tell when it traces and compiles, backward graphs too; `torch._dynamo.reset` makes it forget."""
+    if _starts not in callback_handler.start_callbacks:
+        _compiling.clear()
+        callback_handler.register_start_callback(_starts)
+        callback_handler.register_end_callback(_ends)
+
+
+def _starts(_: Any) -> None:
+    _compiling.set()
+
+
+def _ends(_: Any) -> None:
+    _compiling.clear()
