@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -194,7 +194,8 @@ def telling_of_failure(guard: Guard | None, config: SequenceParallelConfig, what
         yield
     except BaseException as error:
         if guard is not None:
-            guard.raised(error, {"does": what, "what": what, "options": _comparable(config)})
+            with suppress(SequenceParallelError):  # the group has failed meanwhile; this is the rank's own error
+                guard.raised(error, {"does": what, "what": what, "options": _comparable(config)})
         raise
 
 

@@ -18,6 +18,10 @@ BEAT = 5.0
 """Seconds between two signs of life, at most; an eighth of `guard_timeout` where that is less."""
 
 
+SILENT = 15.0
+"""Seconds without a sign of life after which a rank is lost, at least: on a busy machine a thread may have to wait."""
+
+
 class Watch:
     """Called by the thread of a guard, tick by tick."""
 
@@ -80,7 +84,8 @@ class Watch:
             self._waiting_since = now
         elif now - max(event.started, self._waiting_since) >= event.timeout:
             return "late"
-        return "silent" if any(now - beat.heard >= event.timeout + beat.period for beat in beats) else ""
+        silent = any(now - beat.heard >= max(event.timeout, SILENT) + beat.period for beat in beats)
+        return "silent" if silent else ""
 
 
 _compiling = threading.Event()

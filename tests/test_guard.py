@@ -29,7 +29,7 @@ from sp_compile.guarded_graph import _draws
 from sp_compile.peers import Beat
 from sp_compile.samples import SAMPLES, LateSamples, Samples, are_close
 from sp_compile.simulation import simulate
-from sp_compile.watch import Watch
+from sp_compile.watch import SILENT, Watch
 
 from .test_passes import Block
 
@@ -310,7 +310,7 @@ def test_who_waits_knows_whom_it_waits_for() -> None:
     assert watched(peers, inside(3, 11)) == watched(peers, inside(4, 11, agreed=True)) == ""
     peers.other.compiles = True
     assert watched(peers, inside(4, 1000)) == ""
-    peers.other.heard -= 11
+    peers.other.heard -= SILENT + 1
     assert watched(peers, inside(4, 1000)) == watched(peers, inside(3, 1000, agreed=True)) == "silent"
     peers.flags["failed"] = ""
     assert watched(peers, None) == "told"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import logging
 import os
 import re
 import signal
@@ -416,6 +417,32 @@ def test_ranks_that_raise_alike_go_on(gloo2: GlooPool) -> None:
     assert first == second and first[1::2] == ["OutOfMemoryError"] * 2 and first[0] == first[2]
     for said in gloo2.run(exceptions_alike, (1, 9)):
         assert said[1] in ("OutOfMemoryError", "RankRaisedError") and said[2:] == ["RankRaisedError"] * 2
+
+
+def a_rank_that_is_busy_elsewhere() -> tuple[list[str], tuple[str, str, float]]:
+    """Rank 0 is, while rank 1 waits for it: what its guard logs meanwhile, and what it raises after."""
+    logged: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            logged.append(record.getMessage())
+
+    handler = Keep()
+    guard.log.addHandler(handler)
+    try:
+        model = compiled(Block())
+        model(x_of())
+        time.sleep(0 if dist.get_rank() else 2 * TIMEOUT + 2 * guard.GRACE)
+        return logged, told(lambda: model(x_of()))
+    finally:
+        guard.log.removeHandler(handler)
+
+
+def test_each_text_is_said_once_on_a_rank(gloo2: GlooPool) -> None:
+    """It is logged where nobody may come to raise it."""
+    (logged, (_, text, _)), (others, (_, its_text, _)) = gloo2.run(a_rank_that_is_busy_elsewhere, timeout=60.0)
+    assert others == [] and its_text.count("did not come within 2 s to where rank 1 waited:\n  rank 0: ") == 1
+    assert logged == [its_text] and "\n  rank 0" not in text and text.startswith(its_text.partition("\n")[0])
 
 
 def unwritable_dump() -> tuple[str, str, float]:

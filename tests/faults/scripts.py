@@ -27,7 +27,7 @@ Script = Callable[[Rank], None]
 class Fault:
     script: Script
     others: str
-    """What becomes of the ranks that it does not strike: "ok", or the name of the first error."""
+    """What becomes of the ranks that it does not strike: "ok", or the name of the first error; with | between two."""
     struck: str
     """What becomes of rank 1; "ended" if its process is killed or stopped."""
     inner: str = "aot_eager"
@@ -106,7 +106,7 @@ def at_places() -> dict[str, Fault]:
     faults = {}
     for name, action in ACTIONS.items():
         for place in PLACES:
-            others = {"killed": LOST, "stopped": PARTED if place in BETWEEN else LOST}.get(name, RAISED)
+            others = {"killed": LOST, "stopped": f"{PARTED}|{LOST}" if place in BETWEEN else LOST}.get(name, RAISED)
             struck = own.get(name, "ended")
             if name == "slow":
                 others = struck = PARTED if place in BETWEEN else "ok"
@@ -295,7 +295,7 @@ def with_cache(folder: str | None, prepare: Callable[[], None] = lambda: None) -
     """Rank 1 cannot write to the folder in which its compiler keeps what it has compiled."""
 
     def script(run: Rank) -> None:
-        own = str(run.folder / f"cache {run.rank}")
+        own = str(run.folder / f"cache{run.rank}")
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder if folder and run.rank == 1 else own
         if run.rank == 1:
             prepare()
@@ -307,7 +307,7 @@ def with_cache(folder: str | None, prepare: Callable[[], None] = lambda: None) -
 
 def corrupted_cache(run: Rank) -> None:
     """What the compiler of rank 1 has kept is cut in half before all compile again."""
-    folder = run.folder / f"cache {run.rank}"
+    folder = run.folder / f"cache{run.rank}"
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     run.go_on(partial(run.step, 0))
     torch._dynamo.reset()
