@@ -52,6 +52,7 @@ from .rule import TensorSpec
 from .rules import stays_whole
 from .sharded_input import ShardedInput
 from .sharding import Sharded, block_rows, size_of, whole_layout
+from .watch import compiling
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ def sp_backend(
         compiled = _compile_inner(config, gm, example_inputs)
     else:
         _reject_cut_graphs()
-        compiled = _compile(gm, example_inputs, config, group)
+        with compiling():
+            compiled = _compile(gm, example_inputs, config, group)
     epoch = current_epoch()
 
     def run(*args: Any) -> Any:

@@ -97,7 +97,7 @@ class Guard:
         """What was raised last of the failure."""
         self._told = threading.Event()
         self._ended = threading.Event()
-        self._has_met = False
+        self._thread: threading.Thread | None = None
         self._timeout = MEETING
         self._watch = Watch(self._peers)
         self.gate = Gate(group, self._admit)
@@ -105,9 +105,9 @@ class Guard:
     def connect(self) -> None:
         """Connect to the other ranks, all of which call it."""
         self._peers.connect(self._timeout)
-        self._has_met = True
         know_who_compiles()
-        threading.Thread(target=self._look_after, name="sp_compile guard", daemon=True).start()
+        self._thread = threading.Thread(target=self._look_after, name="sp_compile guard", daemon=True)
+        self._thread.start()
 
     def take(
         self,
@@ -148,7 +148,7 @@ class Guard:
 
     def raised(self, error: BaseException, account: Account) -> None:
         """Tell the others that an exception leaves what the account tells, outside of an event."""
-        if self._failure is None and self._has_met:
+        if self._failure is None and self._thread is not None:
             self._begin_raised(error, account, 0, -1, 0)
         elif self._failure is None:  # they wait in `_meet`, if anywhere
             self._peers.say("account", self._said_departure(error, account, -1, 0))
@@ -197,6 +197,8 @@ class Guard:
             self._peers.close()
             self.gate.close()
         self._ended.set()
+        if self._thread not in (None, threading.current_thread()):
+            self._thread.join(GRACE)
 
     def look(self) -> bool:
         """What the thread does at each tick; whether there will be another."""
@@ -210,8 +212,7 @@ class Guard:
             # Whoever waits for this rank elsewhere, in a collective of the user's say, may never come to raise it.
             log.error("%s", self._raised())
             return False
-        number = -1 if self._last is None else self._last.number
-        cause = self._watch.look(self._inside(), number, self._timeout)
+        cause = self._watch.look(self._inside(), self._last, self._timeout)
         if cause:
             self.fail(cause)
         return True
@@ -252,7 +253,7 @@ class Guard:
     def _begin(self, digest: int, account: Callable[[], Account], samples: Samples | None = None) -> Event:
         """Tell the others that this rank has come to an event."""
         self.raise_failure()
-        if not self._has_met:
+        if self._thread is None:
             self._meet()
         while self._pending and self._pending[0].work.is_completed():  # one that an exception left
             self.settle(self._pending[0])

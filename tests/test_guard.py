@@ -300,7 +300,7 @@ def inside(number: int, waited: float, agreed: bool = False, launched: int = 0) 
 def watched(peers: Said, event: Event | None, since: float = 100.0) -> str:
     watch = Watch(peers)  # type: ignore[arg-type]
     watch._waiting_since -= since
-    return watch.look(event, 3, 10.0)
+    return watch.look(event, None, 10.0)
 
 
 def test_who_waits_knows_whom_it_waits_for() -> None:
@@ -321,7 +321,7 @@ def test_a_process_that_stood_still_itself_accuses_nobody() -> None:
     peers.other.heard -= 1000
     watch = Watch(peers)  # type: ignore[arg-type]
     watch._looked -= 1000
-    assert watch.look(inside(4, 1000), 3, 10.0) == ""
+    assert watch.look(inside(4, 1000), None, 10.0) == ""
 
 
 def test_who_needs_what_another_has_left() -> None:
@@ -330,6 +330,7 @@ def test_who_needs_what_another_has_left() -> None:
     for number, launched, needs in ((4, 3, True), (4, 2, False), (5, 3, False)):
         event = inside(number, 0, agreed=True, launched=launched)
         assert (watched(peers, event) == "told") is needs
+        assert (Watch(peers).look(None, event, 10.0) == "told") is needs  # type: ignore[arg-type]
 
 
 def test_who_has_gone() -> None:

@@ -345,7 +345,7 @@ FAULTS: dict[str, Fault] = {
     "killed in forward, Inductor": Fault(strikes(kill, "in forward"), LOST, "ended", "inductor"),
     "exception in backward, Inductor": Fault(strikes(fail, "in backward"), RAISED, "ValueError", "inductor"),
     "another length, both known, Inductor": Fault(other_length, PARTED, PARTED, "inductor"),
-    "unwritable cache folder": Fault(with_cache(NOWHERE), RAISED, "BackendCompilerFailed", "inductor", 60),
-    "full disk, cache": Fault(with_cache(None, fill_disk), RAISED, "BackendCompilerFailed", "inductor", 60),
-    "corrupted cache": Fault(corrupted_cache, "ok", "ok", "inductor", 60),
+    "unwritable cache folder": Fault(with_cache(NOWHERE), RAISED, "BackendCompilerFailed", "inductor", 3 * 60),
+    "full disk, cache": Fault(with_cache(None, fill_disk), RAISED, "BackendCompilerFailed", "inductor", 3 * 60),
+    "corrupted cache": Fault(corrupted_cache, "ok", "ok", "inductor", 3 * 60),
 }
