@@ -20,14 +20,29 @@ The protocol is five rules.
    all ranks raise alike, after as many collectives, they agree on "raised", and the group is as good as before.
 4. *A failure is final, and everybody's.* Who finds one leaves word, ends the collectives of the group that this and
    other ranks wait in, and closes its connections. Each rank leaves in the store where it is and why, reads what the
-   others left, and raises what follows from all of it.
+   others left, and raises what follows from all of it. `init_sequence_parallel` makes another group.
 5. *Waiting has an end, of which compiling is no part.* A process that ends is known by its connections, which are made
    with the group. A thread gives signs of life and looks for those of others: a rank that does not come to an event for
    `guard_timeout` seconds, in none of which it compiles, is late; one that gives no sign for as long has stopped.
 
-What each rank may rely on, at any point: a collective that it has launched is met by the same collective of the same
-event on every rank, or fails. For rank r launches in event N only after all have come to N; another rank launches
-anything later than N only after r has come to that too, hence has left N.
+What a rank may rely on: a collective that it has launched is met by the same collective of the same event on every
+rank, or fails. For a rank launches in event N only after all have come to N, and no rank launches anything later than N
+before this one has come to that, hence has left N.
+
+What becomes of a fault, by where it strikes one rank:
+
+    before an event       another event, shape or value: all are told before anything is computed together
+                          (1, 2). None: it is late (5). Its process ends: the others' gather fails at once (5)
+    in planning           an exception, as of a full disk: the others, who are about to compile, are told of it (3)
+    in compiling          the same, as soon as the others have compiled
+    in a call, backward   an exception: see 3. Its process ends: the collectives that need it fail, and are
+                          explained (4). It is slow: nothing. It stops: found by the thread (5)
+    after an event        nothing is missing; the next event tells
+
+AOTAutograd and Inductor make one function of a backward, which is an event. The inner backend "eager" does not: each
+collective of its backward is an "exchange", which costs more; an exception there is not told in words, but that ranks
+part is. On an accelerator the host runs ahead and a captured CUDA graph passes no gate: there ranks agree before a call
+runs, and values, which would hold up the host, are compared at the next event.
 """
 
 from __future__ import annotations
@@ -292,11 +307,11 @@ class Guard:
 
     def _admit_alone(self, index: int, args: tuple[Any, ...]) -> Waiting:
         """A collective outside of all other events is one by itself. Returns what waits for it."""
-        tensors = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
-        sizes = [(DTYPES[x.dtype], *x.shape) for x in tensors]
+        sent = [(x.dtype, tuple(x.shape)) for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
+        sizes = [(DTYPES[dtype], *shape) for dtype, shape in sent]
 
         def account() -> Account:
-            shapes = ", ".join(f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" for x in tensors)
+            shapes = ", ".join(f"{str(dtype).removeprefix('torch.')}{list(shape)}" for dtype, shape in sent)
             return {"does": "exchanges", "what": f"launches {COLLECTIVES[index]} of {shapes} outside of a graph's call"}
 
         event = self._enter(hash_of(_EXCHANGE, index, *sizes), account)

@@ -4,7 +4,7 @@
     say       a word of this rank, for whoever asks the store
     beat      a sign of life: how far this rank has come, and whether it compiles
 
-The store is reached by a connection of its own: one that somebody waits with would be busy for as long.
+The store is reached by a connection of its own, where it can: one that somebody waits with is busy for as long.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Peers:
     def __init__(self, group: ProcessGroup) -> None:
         self.rank, self.size = dist.get_rank(group), group.size()
         self.store_answers = True
-        self._store = PrefixStore("sp_compile.guard", group.get_group_store().clone())  # type: ignore[attr-defined]
+        self._store = PrefixStore("sp_compile.guard", _connected_anew(group.get_group_store()))
         self._gloo: Any = None
         self._beats = 0
         self._heard = {rank: Beat() for rank in range(self.size) if rank != self.rank}
@@ -142,6 +142,14 @@ class Peers:
             except RuntimeError:
                 self.store_answers = False
         return None
+
+
+def _connected_anew(store: Any) -> Any:
+    """A connection of its own to a store; of one that somebody has written in Python, the same."""
+    try:
+        return store.clone()
+    except RuntimeError:
+        return store
 
 
 def end_collectives(group: ProcessGroup) -> None:

@@ -29,7 +29,7 @@ class Fault:
     others: str
     """What becomes of the ranks that it does not strike: "ok", or the name of the first error; with | between two."""
     struck: str
-    """What becomes of rank 1; "ended" if its process is killed or stopped."""
+    """What becomes of rank 1, in the same way; "ended" if its process is killed or stopped."""
     inner: str = "aot_eager"
     within: float = 5 * TIMEOUT
     """Seconds within which each rank is told."""
@@ -346,6 +346,6 @@ FAULTS: dict[str, Fault] = {
     "exception in backward, Inductor": Fault(strikes(fail, "in backward"), RAISED, "ValueError", "inductor"),
     "another length, both known, Inductor": Fault(other_length, PARTED, PARTED, "inductor"),
     "unwritable cache folder": Fault(with_cache(NOWHERE), RAISED, "BackendCompilerFailed", "inductor", 3 * 60),
-    "full disk, cache": Fault(with_cache(None, fill_disk), RAISED, "BackendCompilerFailed", "inductor", 3 * 60),
+    "full disk, cache": Fault(with_cache(None, fill_disk), RAISED, "InductorError", "inductor", 3 * 60),
     "corrupted cache": Fault(corrupted_cache, "ok", "ok", "inductor", 3 * 60),
 }
