@@ -116,7 +116,8 @@ def at_places() -> dict[str, Fault]:
                 others = PARTED
             elif name in own and name != "interrupted" and place in COMPILATION:
                 struck = "BackendCompilerFailed"
-            within = 10 * TIMEOUT if name == "stopped" and place in COMPILATION else 5 * TIMEOUT
+            # Who compiles is told when it has.
+            within = 15 * TIMEOUT if place in COMPILATION else 5 * TIMEOUT
             faults[f"{name} {place}"] = Fault(strikes(action, place), others, struck, within=within)
     return faults
 
