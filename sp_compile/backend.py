@@ -37,7 +37,7 @@ from torch.utils import _pytree as pytree
 from .canonicalize import STATE
 from .capture import CapturedGraph, capture
 from .config import SequenceParallelConfig
-from .debug import log_summary, record, record_unsharded
+from .debug import RewrittenGraph, log_summary, record, record_unsharded
 from .dropped_backward import LOST, dropped_backward
 from .errors import CaptureError, ConfigurationError, FallbackError, user_line
 from .graph import GraphRules, leaving_no_symbols
@@ -49,7 +49,8 @@ from .group import (
     rank_tensor,
     resolve_group,
 )
-from .guard import guard_graph
+from .guarded_graph import guard_graph, telling_of_failure
+from .guards import guard_of
 from .inductor import inductor_settings
 from .ops import LOWERING_VERSION
 from .passes.find_attention import find_attention
@@ -63,6 +64,7 @@ from .rule import TensorSpec
 from .rules import stays_whole
 from .sharded_input import ShardedInput
 from .sharding import Sharded, block_rows, local_shape, size_of, whole_layout
+from .watch import compiling
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +102,8 @@ def sp_backend(
         compiled = _compile_inner(config, gm, example_inputs)
     else:
         _reject_cut_graphs()
-        compiled = _compile(gm, example_inputs, config, group)
+        with compiling():
+            compiled = _compile(gm, example_inputs, config, group)
     epoch = current_epoch()
 
     def run(*args: Any) -> Any:
@@ -168,8 +171,33 @@ def _compile(
     if compiled_autograd.in_compiled_autograd_region:
         record_unsharded(gm, None, "it is the backward of other graphs, and holds the rows of one rank where they do")
         return _compile_inner(config, gm, example_inputs)
+    guard = None if config.guards == "off" else guard_of(group)
+    name = group.group_name if guard is None else guard.gate.registered_name
+    with telling_of_failure(guard, config, "plans a graph"):
+        planned = _planned_and_recorded(gm, example_inputs, config, name, group.size())
+    if planned is None:
+        return _compile_inner(config, gm, example_inputs)
+    sharded, rewritten = planned
+    rank = rank_tensor(group, _device(example_inputs))
+    with torch.compiler.config.patch(cache_key_tag=_cache_key_tag(name, group.size())):  # type: ignore[attr-defined]
+        inner = guard_graph(
+            guard,
+            config,
+            rewritten,
+            gm.graph.find_nodes(op="placeholder"),
+            example_inputs,
+            lambda: _compile_local(config, sharded.graph_module, [*example_inputs, rank]),
+        )
+    leave = _leaving(sharded.outputs, group, config.group)
+    return lambda *args: leave(inner(*args, rank))
+
+
+def _planned_and_recorded(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: SequenceParallelConfig, group_name: str, parts: int
+) -> tuple[ShardedGraph, RewrittenGraph] | None:
+    """The graph as it is compiled, and its record. None: it runs unsharded, and what follows of it is reported."""
     try:
-        planned = plan_graph(gm, example_inputs, config, group.group_name, group.size())
+        planned = plan_graph(gm, example_inputs, config, group_name, parts)
     except CaptureError as error:
         if any(isinstance(value, ShardedInput) for value in example_inputs):
             raise FallbackError(f"{error}; this graph would run unsharded, so give it its inputs whole") from error
@@ -177,7 +205,7 @@ def _compile(
             raise FallbackError(f"{error}; without strict=True this graph runs unsharded") from error
         log.warning("a graph runs unsharded: %s", error)
         record_unsharded(gm, None, str(error))
-        return _compile_inner(config, gm, example_inputs)
+        return None
     sharded, captured = planned.sharded, planned.captured.graph_module
     _report(planned.plan.fallbacks, config.strict)
     _report_strategies(planned.plan.sites, config.attention)
@@ -185,7 +213,7 @@ def _compile(
     if sharded is None:
         unsharded = record_unsharded(captured, planned.plan, "nothing to shard")
         log_summary(unsharded.name, planned.rules, planned.plan, None, planned.seconds)
-        return _compile_inner(config, gm, example_inputs)
+        return None
     assert planned.unpacked is not None
     rewritten = record(
         gm,
@@ -199,18 +227,7 @@ def _compile(
         config.dump,
     )
     log_summary(rewritten.name, planned.rules, planned.plan, sharded, planned.seconds)
-    rank = rank_tensor(group, _device(example_inputs))
-    with torch.compiler.config.patch(cache_key_tag=_cache_key_tag(group)):  # type: ignore[attr-defined]
-        inner = guard_graph(
-            group,
-            config,
-            rewritten,
-            gm.graph.find_nodes(op="placeholder"),
-            example_inputs,
-            lambda: _compile_local(config, sharded.graph_module, [*example_inputs, rank]),
-        )
-    leave = _leaving(sharded.outputs, group, config.group)
-    return lambda *args: leave(inner(*args, rank))
+    return sharded, rewritten
 
 
 @dataclass(frozen=True)
@@ -387,10 +404,10 @@ def _compile_sharded(config: SequenceParallelConfig, gm: fx.GraphModule, inputs:
     return inductor(gm, list(inputs), config_patches=settings)
 
 
-def _cache_key_tag(group: dist.ProcessGroup) -> str:
+def _cache_key_tag(group_name: str, parts: int) -> str:
     """The on-disk caches see `sp::` ops, not what they lower to, nor the size of the group that they name."""
     tag = torch.compiler.config.cache_key_tag
-    return f"{tag}sp_compile lowering {LOWERING_VERSION}, group {group.group_name} of {group.size()}"
+    return f"{tag}sp_compile lowering {LOWERING_VERSION}, group {group_name} of {parts}"
 
 
 def _set_local_values(

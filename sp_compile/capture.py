@@ -139,7 +139,10 @@ def _reject_shared_storage(gm: GraphModule, example_inputs: Sequence[Any], writt
 
 
 def _fakify(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
-    """Fake inputs with the symbols that Dynamo chose (as AOTAutograd's `process_inputs` does)."""
+    """Fake inputs with the symbols that Dynamo chose (as AOTAutograd's `process_inputs` does).
+
+    Raises `CaptureError` for one that has no shape of numbers.
+    """
     fake_mode = detect_fake_mode(example_inputs) or FakeTensorMode(shape_env=ShapeEnv())
     context = TracingContext.try_get()
     contexts = context.tensor_to_context if context is not None else {}
@@ -149,6 +152,8 @@ def _fakify(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
             return x
         if isinstance(x, LocalTensor):
             return _fakify_by_shape(fake_mode, x, contexts.get(x), next(iter(x._local_tensors.values())))
+        if x.is_nested:
+            raise CaptureError(f"an input is a nested tensor ({type(x).__name__}), whose rows differ in length")
         if isinstance(x, ShardedInput) or _is_foreign_subclass(x):
             return _fakify_by_shape(fake_mode, x, contexts.get(x), x)
         symbolic = contexts.get(x)

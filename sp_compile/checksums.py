@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .samples import SAMPLES
 from .tensor_kinds import bits, dense_parts, has_data, has_storage
 
 CHUNK = 1 << 20
+
+WHOLE = 1 << 17
+"""Elements of an integer tensor that `integer_checksum` reads all of; of a longer one it reads as many at most."""
 
 
 def checksums_of(values: Sequence[Any]) -> list[int | None]:
@@ -61,3 +66,69 @@ def generator_checksums(values: Sequence[Any]) -> dict[str, int]:
     for kind in sorted({value.device.type for value in values if isinstance(value, Tensor)} - {"cpu", "meta"}):
         states[kind] = torch.get_device_module(kind).get_rng_state()
     return {kind: int(checksum(state)) for kind, state in states.items()}
+
+
+def is_compared_whole(dtype: torch.dtype) -> bool:
+    """Whether `integer_checksum` takes it at every call, and not `samples_of`: whole numbers, and floats of a byte."""
+    return not (dtype.is_floating_point or dtype.is_complex) or dtype.itemsize == 1 or dtype == torch.complex32
+
+
+def integer_checksum(tensor: Tensor) -> Tensor:
+    """A 0-dimensional int64 on the device of `tensor`, one that `is_compared_whole`: a checksum for every call.
+
+    It reads every element of up to `WHOLE`, and sees a change of one; of a longer tensor it reads every n-th in
+    row-major order, n odd.
+    """
+    flat = tensor.detach()
+    if flat.is_floating_point() or flat.is_complex():
+        flat = flat.view(torch.uint8 if flat.element_size() == 1 else torch.int32)
+    count = flat.numel()
+    if count > WHOLE:
+        flat = flat.take(_every(count, flat.device))
+    weights = _known_weights(flat.device)[: flat.numel()]
+    return (flat.reshape(-1).to(torch.int64) * weights).sum()
+
+
+def samples_of(tensors: Sequence[Tensor], found: Tensor) -> list[int]:
+    """Write elements of floating-point or complex tensors to `found`, `SAMPLES` doubles. Returns how many of each.
+
+    Of n tensors it takes `SAMPLES // n` elements each, at places without a pattern, or one of each of the first
+    `SAMPLES` tensors. Of a complex number it takes the real part. What is left of `found` it leaves as it is.
+    """
+    counts, at = [0] * len(tensors), 0
+    share = max(SAMPLES // max(len(tensors), 1), 1)
+    for index, tensor in enumerate(tensors[:SAMPLES]):
+        values = tensor.detach()
+        if values.numel():
+            taken = values.take(_places(values.numel(), share, values.device))
+            found[at : at + share].copy_(taken.real if taken.is_complex() else taken)
+            counts[index] = share
+            at += share
+    return counts
+
+
+def generator_checksum(kind: str) -> int:
+    """As `generator_checksums`, of one device type and cheap enough for every call."""
+    state = torch.get_rng_state() if kind == "cpu" else torch.get_device_module(kind).get_rng_state()
+    return int(integer_checksum(state))
+
+
+@lru_cache(maxsize=8)
+def _known_weights(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return _weights(WHOLE, device)
+
+
+@lru_cache(maxsize=64)
+def _every(count: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(0, count, -(-count // WHOLE) | 1, dtype=torch.int64, device=device)
+
+
+@lru_cache(maxsize=256)
+def _places(count: int, number: int, device: torch.device) -> Tensor:
+    """Places spread over `count` elements: multiples of the golden ratio, modulo 1 (Weyl's sequence)."""
+    golden = 0.6180339887498949
+    places = [int(((k + 0.5) * golden % 1.0) * count) for k in range(number)]
+    with torch.inference_mode(False):
+        return torch.tensor(places, dtype=torch.int64, device=device)

@@ -86,13 +86,22 @@ class SequenceParallelConfig:
     """A folder to write the graph to, before and after every pass."""
 
     guards: Guards = "on"
-    """What ranks compare, and raise `RankMismatchError` of. "on": which graph runs, options, shapes and dtypes at every
-    call; at its first call also inputs, parameters and random number state, bit for bit. "debug": those at every call.
-    "shapes": those never, for values that may differ in their last bits. "off": nothing; ranks that part may hang."""
+    """What ranks compare, and raise `RankMismatchError` of before anything is computed together.
+
+    "on": at every call which graph runs, options, shapes and dtypes, and values of inputs that are no parameters or
+    buffers: of integers and booleans a checksum, of floating-point inputs 32 elements at fixed places, shared among
+    them, which may differ by half of their digits; where the graph draws random numbers, the state of the generators.
+    So two batches that differ at other places only are not told apart, nor integers of a tensor of more than 131,072,
+    of which it reads every n-th. On an accelerator values are read, and compared, where the next call or backward
+    begins. At the first call of a graph it compares inputs, parameters and buffers whole, bit for bit.
+
+    "debug": as at the first call, at every one. "shapes": values at none; for inputs that may differ in their last
+    bits. "off": nothing. Ranks that part may hang then, be ended by gloo, or mix what does not belong together."""
 
     guard_timeout: float = 600.0
-    """Seconds that a rank may come later than another to the same call. More than one rank alone ever spends between
-    two calls, on writing a checkpoint say; compiling does not count."""
+    """Seconds that a rank may come later than another to the same call, and for which a process may be stopped. More
+    than one rank alone ever spends between two calls, on writing a checkpoint say; tracing and compiling do not
+    count."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.outputs, str):

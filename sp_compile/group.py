@@ -32,6 +32,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from sp_compile.errors import ConfigurationError
+from sp_compile.guards import start_guard, stop_guard
 from sp_compile.words import delete_addresses, timeout_of
 
 T = TypeVar("T")
@@ -97,6 +98,7 @@ def init_sequence_parallel(
     optimize_ddp = _switch_off_ddp_optimizer() if group.size() > 1 else None
     _state = SequenceParallelState(_state.epoch + 1, group, data_parallel_group, data_group, world, optimize_ddp)
     torch._dynamo.reset()  # Dynamo does not guard on the group: what was compiled before compiles anew
+    start_guard(group)
 
 
 def _new_groups(sp_groups: list[list[int]], timeout: timedelta | None) -> list[ProcessGroup]:
@@ -164,6 +166,7 @@ def destroy_sequence_parallel() -> None:
     for cached in _caches:
         cached.cache_clear()
     _clear_sharding_prop_cache()  # its meshes keep their groups
+    stop_guard(state.group)
     for group in (state.group, state.data_parallel_group, state.data_group):
         assert group is not None
         dist.destroy_process_group(group)

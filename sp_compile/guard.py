@@ -1,290 +1,433 @@
 """Ranks that part are told so; they neither wait for each other for ever nor go on with a wrong result.
 
-The ranks of an SP group come to the same *events* in the same order. At each, every rank tells the others a digest:
+The ranks of an SP group come to the same *events*, which are numbered, in the same order:
 
-    compile    the plan, the options, shapes and dtypes    agreed on before the graph is compiled
-    call       which graph, shapes and dtypes              agreed on before what it returns is returned
-    backward   which graph                                 agreed on before gradients are returned
+    compile     a graph is about to be compiled     digest of plan, options, shapes and dtypes
+    call        a compiled graph is called          digest of graph, shapes, dtypes, integers; samples of other inputs
+    backward    its backward runs                   digest of graph
+    exchange    a collective outside of all these   digest of its kind and sizes (backward of inner backend "eager")
+    raised      an exception left one of these      digest of that event, the exception's type, collectives launched
 
-The first call of a graph waits, before it runs, until all agree on the values of inputs and parameters, by checksum,
-and on the state of the generators that it draws from. Later calls wait for nothing: the digests are gathered on gloo
-connections of the guard's own, beside the collectives of the step.
+The protocol is five rules.
 
-A thread looks after what is under way. Where digests differ, a rank does not come in time or its process has ended,
-it ends the collectives that this rank waits in; each rank leaves in the store of the group where it is and why, reads
-what the others left, and raises what follows from all of it: the same text on every rank.
+1. *Tell, then go on.* Where an event begins, a rank starts to gather a digest and samples of all ranks, on gloo
+   connections of the guard's own, and goes on with its work.
+2. *No collective before agreement.* The first collective of an event waits until all ranks have come to the event and
+   say the same of it (`gate`): a collective of an event meets those of the same event only. It would have to wait for
+   the others anyway. What launches no collective waits at its end. So nothing is returned of which ranks disagree.
+3. *Who leaves by an exception says so.* It leaves word in the store, of how many collectives it had launched, and goes
+   on to the event "raised". Whoever needs one collective more of it fails; whoever does not has had all of it. Where
+   all ranks raise alike, after as many collectives, they agree on "raised", and the group is as good as before.
+4. *A failure is final, and everybody's.* Who finds one leaves word, ends the collectives of the group that this and
+   other ranks wait in, and closes its connections. Each rank leaves in the store where it is and why, reads what the
+   others left, and raises what follows from all of it. `init_sequence_parallel` makes another group.
+5. *Waiting has an end, of which compiling is no part.* A process that ends is known by its connections, which are made
+   with the group. A thread gives signs of life and looks for those of others: a rank that does not come to an event for
+   `guard_timeout` seconds, in none of which it compiles, is late; one that gives no sign for as long has stopped.
 
-The rank that compiles, for however long, has come: only between two events is there a timeout.
+What a rank may rely on: a collective that it has launched is met by the same collective of the same event on every
+rank, or fails. For a rank launches in event N only after all have come to N, and no rank launches anything later than N
+before this one has come to that, hence has left N.
+
+What becomes of a fault, by where it strikes one rank:
+
+    before an event       another event, shape or value: all are told before anything is computed together
+                          (1, 2). None: it is late (5). Its process ends: the others' gather fails at once (5)
+    in planning           an exception, as of a full disk: the others, who are about to compile, are told of it (3)
+    in compiling          the same, as soon as the others have compiled
+    in a call, backward   an exception: see 3. Its process ends: the collectives that need it fail, and are
+                          explained (4). It is slow: nothing. It stops: found by the thread (5)
+    after an event        nothing is missing; the next event tells
+
+AOTAutograd and Inductor make one function of a backward, which is an event. The inner backend "eager" does not: each
+collective of its backward is an "exchange", which costs more; an exception there is not told in words, but that ranks
+part is. On an accelerator the host runs ahead and a captured CUDA graph passes no gate: there ranks agree before a call
+runs, and values, which would hold up the host, are compared at the next event.
 """
 
 from __future__ import annotations
 
-import atexit
-import hashlib
 import itertools
-import json
 import logging
-import re
+import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import fields
-from datetime import timedelta
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, fx
-from torch._C._distributed_c10d import AllgatherOptions, PrefixStore
-from torch._ops import OpOverload
+from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.nn import Parameter
-from torch.utils._dtype_abbrs import dtype_abbrs
+from torch.utils import _pytree as pytree
 
-from .accounts import Account, Value, explain_accounts
-from .checksums import checksums_of, generator_checksums
-from .config import SequenceParallelConfig
-from .debug import RewrittenGraph, format_graph
-from .errors import ConfigurationError, SequenceParallelError
-from .words import TRANSPORT, end_collectives, end_gloo
+from .accounts import Account, explain_accounts
+from .errors import ConfigurationError, SequenceParallelError, in_words, raised_at
+from .event import DTYPES, Event, digest_of, hash_of, unseen
+from .gate import COLLECTIVES, Gate, Waiting
+from .peers import ASK, Peers, end_collectives
+from .samples import LateSamples, Samples
+from .watch import TICK, Watch, know_who_compiles
+from .words import TRANSPORT
 
 log = logging.getLogger(__name__)
-
-Compiled = Callable[..., Any]
-POLL = 0.05
-"""Seconds between two looks at what is under way."""
-
-ASK = 1.0
-"""Seconds between two looks in the store, for a rank that has failed while this one was elsewhere."""
 
 GRACE = 3.0
 """Seconds that a rank which has failed waits for word of the others."""
 
-COMPILING = timedelta(days=1).total_seconds()
-"""How late a rank may be for the first call of a graph: it may have to compile what others found in a cache."""
+MEETING = 600.0
+"""Seconds that ranks may come later than others to where they connect."""
 
-_PLACE = re.compile(r"^# (.*)$", re.MULTILINE)
-_BITS = (1 << 63) - 1
+FORKED = (
+    "this process was forked from a rank of the SP group, and is none itself: call the compiled model in the rank, or "
+    "the uncompiled one here"
+)
 
-
-class Event:
-    """A place that every rank comes to, and what each says of it."""
-
-    def __init__(self, number: int, digest: int, account: Callable[[], Account], timeout: float) -> None:
-        self.number, self.digest, self.account, self.timeout = number, digest, account, timeout
-        self.started = time.monotonic()
-        self.inside, self.agreed = True, False
-        self.digests: Tensor | None = None
-        self.work: Any = None
+_EXCHANGE = 3
 
 
 class Guard:
     """What one rank of an SP group says to the others and hears from them. A failure is final for the group."""
 
-    def __init__(self, group: ProcessGroup, timeout: float) -> None:
-        self._group = weakref.ref(group)
-        self._rank, self._size = dist.get_rank(group), group.size()
-        self._store = PrefixStore("sp_compile.guard", group.get_group_store())
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group, self._process = weakref.ref(group), os.getpid()
+        self._peers = Peers(group)
+        self._rank, self._size = self._peers.rank, self._peers.size
         self._numbers = itertools.count()
-        self._last: Event | None = None
+        self._entering = threading.Lock()
+        self._open: list[Event] = []
+        """The events that this process is inside of, the innermost last."""
         self._pending: list[Event] = []
+        """Those on which agreement has not been seen, in order."""
+        self._last: Event | None = None
+        self._late: LateSamples | None = None
+        """Values of the last call, which the next event tells of."""
+        self._departure: tuple[Event | None, Account] | None = None
+        """The event "raised" of the exception that left an event last, until all agree on it, and its account."""
         self._failing = threading.Lock()
         self._failure: tuple[type[SequenceParallelError], str] | None = None
-        self._peers: Any = None
-        self._timeout = timeout
-        self._store_answers = True
-        self._meet()
+        self._latest: SequenceParallelError | None = None
+        """What was raised last of the failure."""
+        self._told = threading.Event()
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._timeout = MEETING
+        self._watch = Watch(self._peers)
+        self.gate = Gate(group, self._admit)
 
-    def begin(self, digest: int, account: Callable[[], Account], timeout: float) -> Event:
-        """Tell the others that this rank has come to an event."""
-        self.raise_failure()
-        for event in self._pending.copy():  # one that an exception left
-            if event.work.is_completed():
+    def connect(self) -> None:
+        """Connect to the other ranks, all of which call it."""
+        self._peers.connect(self._timeout)
+        know_who_compiles()
+        self._thread = threading.Thread(target=self._look_after, name="sp_compile guard", daemon=True)
+        self._thread.start()
+
+    def take(
+        self,
+        digest: int,
+        account: Callable[[], Account],
+        timeout: float,
+        call: Callable[..., Any],
+        *args: Any,
+        samples: Samples | None = None,
+        late: LateSamples | None = None,
+        ahead: bool = False,
+    ) -> Any:
+        """`call(*args)`, as an event. Returns what it returns, once all ranks agree.
+
+        Args:
+            digest: 63 bits in which the ranks have to agree.
+            account: tells what this rank is at, for the others to read if they do not agree.
+            timeout: seconds that a rank may come later than others.
+            samples: values in which they have to agree up to rounding.
+            late: values that are known only later, and compared at the next event.
+            ahead: wait for agreement before the call, not at its first collective.
+        """
+        self._timeout = timeout
+        event = self._enter(digest, account, samples)
+        self._late = late
+        try:
+            if ahead:
                 self.settle(event)
-        peers = self._peers
-        if peers is None:  # the thread is finding out why
-            with self._failing:
-                raise self._raised()
-        event = self._last = Event(next(self._numbers), digest, account, timeout)
-        own = torch.tensor([[digest]], dtype=torch.int64, device="cpu")
-        event.digests = torch.empty(self._size, 1, dtype=torch.int64, device="cpu")
-        options = AllgatherOptions()
-        options.timeout = timedelta(seconds=timeout)
-        event.work = peers._allgather_base(event.digests, own, options)
-        self._pending.append(event)
-        return event
+            result = call(*args)
+            self.settle(event)
+        except BaseException as error:
+            self._left(event, error)
+            raise
+        finally:
+            event.inside = False
+            self._open.remove(event)
+        return result
+
+    def raised(self, error: BaseException, account: Account) -> None:
+        """Tell the others that an exception leaves what the account tells, outside of an event."""
+        if self._failure is None and self._thread is not None:
+            self._begin_raised(error, account, 0, -1, 0)
+        elif self._failure is None:  # they wait in `_meet`, if anywhere
+            self._peers.say("account", self._said_departure(error, account, -1, 0))
 
     def settle(self, event: Event) -> None:
-        """Wait until all ranks have come to an event; raise if they do not agree on it."""
-        if event.agreed:
-            return
-        cause = self._cause(event)
-        if cause:
-            self.fail(cause)
-            self.raise_failure()
-        event.agreed = True
-        if event.number == 0:
-            self._store.delete_key(f"connections/0/{self._rank}")  # where the others, now connected, have found it
-        if event in self._pending:
-            self._pending.remove(event)
-
-    def run(self, event: Event, call: Callable[..., Any], *args: Any) -> Any:
-        """`call(*args)`, which is what the event announced."""
-        try:
-            result = call(*args)
-        except Exception as error:
-            if self._failure is None and isinstance(error, RuntimeError) and TRANSPORT.search(str(error)):
-                self.fail("lost", str(error))
-            if self._failure is not None or self._failing.locked():
-                with self._failing:
-                    raise self._raised() from error
-            # Where the others raise as well they may all go on; one that does not is met by this.
-            kind, message = type(error).__name__, str(error).partition("\n")[0][:200]
-            account = event.account()
-            account["what"] = f"raised {kind} ({message}) where it {account['what']}"
-            self.begin(_digest("raised", event.digest, kind), lambda: account, event.timeout)
-            raise
-        self.settle(event)
-        event.inside = False
-        return result
+        """Wait until all ranks have come to an event, and to those before; raise if they do not agree on one."""
+        while not event.agreed:
+            first = self._pending[0]
+            cause = self._cause(first)
+            if cause:
+                self.fail(cause)
+                self.raise_failure()
+            first.agreed = True
+            self._pending.remove(first)
+            if self._departure is not None and self._departure[0] is first:
+                self._departure = None
 
     def fail(self, cause: str, text: str = "") -> None:
         """Leave word in the store, end what this rank and the others wait in, and say what all of that means."""
         with self._failing:
             if self._failure is None:
                 account = self._account(cause, text)
-                self._leave_word(account, "failed")
+                self._peers.say("account", account)
+                self._peers.raise_flag("failed")
                 group = self._group()
                 if group is not None:
                     end_collectives(group)
-                self._close_connections()
-                self._failure = explain_accounts(self._accounts(account), self._size, self._store_answers)
+                self._peers.close()
+                accounts = {self._rank: account, **self._peers.heard("account", range(self._size), GRACE)}
+                self._failure = explain_accounts(accounts, self._size, self._peers.store_answers)
 
     def raise_failure(self) -> None:
         """Raise what this rank has failed of, if it has."""
         if self._failure is not None:
             raise self._raised()
 
-    def close(self) -> None:
-        """Give up the connections. Others that still need this rank are told where it left."""
+    def close(self, why: str = "") -> None:
+        """Give up the connections. Others that still need this rank are told where it left, and why."""
         with self._failing:
             if self._failure is None:
-                if self._pending:
-                    self._leave_word(self._account("left", ""))
+                if why or self._pending or self._open:
+                    self._peers.say("account", self._account("left", why))
                 text = "the SP group that this model was compiled for has been destroyed; compile it for another"
                 self._failure = ConfigurationError, text
-            self._close_connections()
+            self._told.set()
+            self._peers.close()
+            self._peers.leave()
+            self.gate.close()
+            # Their works would keep the descriptors and the threads of the connections.
+            self._last, self._departure = None, None
+            self._pending.clear()
+        self._ended.set()
+        if self._thread not in (None, threading.current_thread()):
+            self._thread.join(GRACE)
 
-    def _meet(self) -> None:
-        """Connect to the other ranks, which come here when they compile a sharded graph for the first time."""
-        keys = [f"here/{rank}" for rank in range(self._size)]
-        self._store.set(keys[self._rank], "")
-        try:
-            self._store.wait(keys, timedelta(seconds=self._timeout))
-        except RuntimeError:
-            self.fail("late")
-        if self._store.check(["failed"]):
-            self.fail("told")
-        self.raise_failure()
-        gloo, patience = PrefixStore("connections", self._store), timedelta(seconds=max(self._timeout, 30))
-        self._peers = dist.ProcessGroupGloo(gloo, self._rank, self._size, patience)
-        self._store.delete_key(keys[self._rank])
-        threading.Thread(target=_look_after, args=(weakref.ref(self),), name="sp_compile guard", daemon=True).start()
-
-    def look(self, ask: bool) -> bool:
-        """What the thread does at each turn; whether there will be another."""
+    def look(self) -> bool:
+        """What the thread does at each tick; whether there will be another."""
         group = self._group()
-        if self._failure is not None:
+        if self._ended.is_set() or (self._failure is not None and self._told.is_set()):
             return False
         if group is None or not _is_registered(group):
             self.close()
             return False
-        for event in self._pending.copy():
-            cause = event.work.is_completed() and self._cause(event)
-            if cause:
-                self.fail(cause)
-        if ask and self._store_answers and self._failure is None:
-            try:
-                if self._store.check(["failed"]):
-                    self.fail("told")
-            except RuntimeError:  # its process may have come to a good end; torch would warn at every try
-                self._store_answers = False
         if self._failure is not None:
-            log.error("%s", self._failure[1])
-        return self._failure is None
+            # Whoever waits for this rank elsewhere, in a collective of the user's say, may never come to raise it.
+            log.error("%s", self._raised())
+            return False
+        cause = self._watch.look(self._inside(), self._last, self._timeout)
+        if cause:
+            self.fail(cause)
+        return True
+
+    def connections(self) -> list[Any]:
+        """What would end with this object."""
+        return [self.gate, *self._peers.connections()]
+
+    def _look_after(self) -> None:
+        while self.look():
+            # After a failure long enough that whoever raises it comes first.
+            self._ended.wait(self._tick() if self._failure is None else GRACE)
+
+    def _tick(self) -> float:
+        return min(TICK, self._timeout / 8)
+
+    def _inside(self) -> Event | None:
+        """The innermost event that this process is inside of, as a thread beside may see it."""
+        return next(iter(self._open[-1:]), None)
+
+    def _enter(
+        self,
+        digest: int,
+        account: Callable[[], Account],
+        samples: Samples | None = None,
+    ) -> Event:
+        if self._process != os.getpid():
+            raise ConfigurationError(FORKED)
+        with self._entering:
+            alone = not self._open or self._open[-1].thread == threading.get_ident()
+            if alone:
+                event = self._begin(digest, account, samples)
+                self._open.append(event)
+        if not alone:
+            self._refuse_thread()
+        return event
+
+    def _begin(self, digest: int, account: Callable[[], Account], samples: Samples | None = None) -> Event:
+        """Tell the others that this rank has come to an event."""
+        self.raise_failure()
+        if self._thread is None:
+            self._meet()
+        while self._pending and self._pending[0].work.is_completed():  # one that an exception left
+            self.settle(self._pending[0])
+        late, self._late = self._late, None
+        with unseen():
+            if late is not None:
+                checksums, samples = late.read()
+                inputs = partial(late.inputs, checksums, samples)
+                digest, account = hash_of(digest, *checksums), partial(_with_inputs, account, inputs)
+            samples = samples or Samples()
+            samples.words[0] = digest
+            event = Event(next(self._numbers), digest, account, samples, self._timeout)
+            gathering = self._peers.gather(samples.words)
+        if gathering is None:  # the thread is finding out why
+            self.fail("lost")
+            raise self._raised()
+        event.work, event.said = gathering
+        self._last = event
+        self._pending.append(event)
+        return event
+
+    def _admit(self, index: int, args: tuple[Any, ...]) -> Waiting | None:
+        """Rule 2: called before each collective of the group's compiled graphs."""
+        event = self._inside()
+        if event is None:
+            return self._admit_alone(index, args)
+        if event.thread != threading.get_ident():
+            self._refuse_thread()
+        if not event.agreed:
+            self.settle(event)
+        if self._watch.awaits_departed(event, event.launched):
+            self.fail("told")
+            self.raise_failure()
+        event.launched += 1
+        return None
+
+    def _admit_alone(self, index: int, args: tuple[Any, ...]) -> Waiting:
+        """A collective outside of all other events is one by itself. Returns what waits for it."""
+        sent = [(x.dtype, tuple(x.shape)) for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
+        sizes = [(DTYPES[dtype], *shape) for dtype, shape in sent]
+
+        def account() -> Account:
+            shapes = ", ".join(f"{str(dtype).removeprefix('torch.')}{list(shape)}" for dtype, shape in sent)
+            return {"does": "exchanges", "what": f"launches {COLLECTIVES[index]} of {shapes} outside of a graph's call"}
+
+        event = self._enter(hash_of(_EXCHANGE, index, *sizes), account)
+        try:
+            self.settle(event)
+            event.launched = 1
+        finally:
+            event.inside = False
+            self._open.remove(event)
+        return partial(self._wait, event)
+
+    def _wait(self, event: Event, work: Any) -> None:
+        event.inside, event.started, event.thread = True, time.monotonic(), threading.get_ident()
+        self._open.append(event)
+        try:
+            work.wait()
+        except RuntimeError as error:
+            self._raise_if_lost(event, error)
+            raise
+        finally:
+            event.inside = False
+            self._open.remove(event)
+
+    def _refuse_thread(self) -> None:
+        self.fail("threads")
+        self.raise_failure()
+
+    def _left(self, event: Event, error: BaseException) -> None:
+        """Rule 3: `error` is leaving an event. Raises the failure of the group in its place, if that is the cause."""
+        if isinstance(error, Exception):
+            self._raise_if_lost(event, error)
+        if self._failure is None:
+            self._begin_raised(error, event.account(), event.digest, event.number, event.launched)
+
+    def _raise_if_lost(self, event: Event, error: Exception) -> None:
+        if error is self._latest:
+            return
+        broke = event.launched and isinstance(error, RuntimeError) and TRANSPORT.search(str(error))
+        if broke and self._failure is None:
+            self.fail("lost", str(error))
+        if self._failure is not None or self._failing.locked():
+            with self._failing:
+                failure = self._raised()
+            raise failure from error
+
+    def _begin_raised(self, error: BaseException, account: Account, digest: int, number: int, launched: int) -> None:
+        account = self._said_departure(error, account, number, launched)
+        event = self._begin(digest_of("raised", digest, type(error).__name__, launched), lambda: account)
+        event.inside = False
+        self._departure = event, account
+
+    def _said_departure(self, error: BaseException, account: Account, number: int, launched: int) -> Account:
+        """Leave word of what has left an event. Returns the account of this rank since."""
+        kind = type(error).__name__
+        raised = {"kind": kind, "text": in_words(error), "line": raised_at(error), "launched": launched}
+        account = {**account, "raised": raised, "what": f"raised {kind} where it {account['what']}"}
+        self._departure = None, account
+        self._peers.say("raised", (number, launched))
+        self._peers.raise_flag("raised", f"{self._rank} {number} {launched} {time.time()}")
+        return account
+
+    def _meet(self) -> None:
+        """Wait until all ranks come to their first event, and connect to them: of a group that was not made by us."""
+        started, cause = time.monotonic(), ""
+        while not cause and (missing := self._peers.missing()):
+            waited = time.monotonic() - started
+            if self._peers.flag("failed") is not None or (waited > GRACE and self._peers.heard("raised", missing)):
+                cause = "told"
+            elif waited >= self._timeout:
+                cause = "late"
+            else:
+                time.sleep(ASK)
+        if cause:
+            self.fail(cause)
+        self.raise_failure()
+        self.connect()
 
     def _cause(self, event: Event) -> str:
-        """Why an event failed, when all ranks have come to it or its time is over; "" if it did not."""
+        """Why an event failed, once all ranks have come to it; "" if it did not."""
         try:
             event.work.wait()
         except RuntimeError:
-            return "late" if time.monotonic() - event.started >= event.timeout else "lost"
-        assert event.digests is not None
-        return "differs" if bool((event.digests != event.digest).any()) else ""
+            return "lost"
+        assert event.said is not None
+        with unseen():
+            said = event.said.tolist()
+            own = said[self._rank]
+            agree = all(row[0] == own[0] and event.samples.are_close_to(row) for row in said if row != own)
+        return "" if agree else "differs"
 
     def _account(self, cause: str, text: str) -> Account:
-        last, own = self._last, {"cause": cause, "text": text, "timeout": self._timeout}
-        if last is not None:
-            own |= {"number": last.number, "digest": last.digest, "inside": last.inside, "timeout": last.timeout}
-            return own | last.account()
-        what = "waits for the others, to agree on its first graph" if cause == "late" else "has compiled no graph"
-        return own | {"number": -1 if cause == "late" else -2, "digest": 0, "inside": True, "what": what}
-
-    def _leave_word(self, account: Account, *keys: str) -> None:
-        try:
-            self._store.set(f"account/{self._rank}", json.dumps(account))
-            for key in keys:
-                self._store.set(key, "")
-        except RuntimeError:
-            self._store_answers = False
-
-    def _accounts(self, own: Account) -> dict[int, Account]:
-        """By rank; of those that have left one within the time of grace."""
-        found = {self._rank: own}
-        keys = [f"account/{rank}" for rank in range(self._size)]
-        try:
-            with suppress(RuntimeError):  # not all came
-                self._store.wait(keys, timedelta(seconds=GRACE if self._store_answers else 0.001))
-            for rank, key in enumerate(keys):
-                if rank != self._rank and self._store_answers and self._store.check([key]):
-                    found[rank] = json.loads(self._store.get(key))
-        except RuntimeError:
-            self._store_answers = False
-        return found
+        own = {"cause": cause, "text": text, "timeout": self._timeout, "number": -2, "digest": 0, "inside": True}
+        event = next(iter(self._pending), None) or self._last
+        if event is not None:
+            own |= {"number": event.number, "digest": event.digest, "inside": event.inside, "timeout": event.timeout}
+            own |= event.account()
+        elif cause == "late":
+            own |= {"number": -1, "what": "waits for the others, to agree on its first graph"}
+        else:
+            own |= {"what": "has compiled no graph"}
+        if self._departure is not None:
+            _, departed = self._departure
+            own |= {"raised": departed["raised"], "what": departed["what"]}
+        return own
 
     def _raised(self) -> SequenceParallelError:
         assert self._failure is not None
         kind, text = self._failure
-        return kind(text)
-
-    def _close_connections(self) -> None:
-        peers, self._peers = self._peers, None
-        if peers is not None:
-            end_gloo(peers)
-        self._pending.clear()
-        self._last = None  # its work would keep the descriptors and the thread of the connections
-
-
-_guards: weakref.WeakKeyDictionary[ProcessGroup, Guard] = weakref.WeakKeyDictionary()
-
-
-def _look_after(reference: weakref.ref[Guard]) -> None:
-    rest = threading.Event()
-    for turn in itertools.count(1):
-        rest.wait(POLL)
-        guard = reference()
-        if guard is None or not guard.look(turn % round(ASK / POLL) == 0):
-            return
-        del guard
-
-
-@atexit.register
-def _close_all() -> None:
-    """An interpreter that ends does not wait for ranks that do not come."""
-    for guard in list(_guards.values()):
-        guard.close()
+        if self._latest is not None and not self._ended.is_set():
+            text = "\n".join(line for line in text.splitlines() if not line.startswith("  "))
+        self._latest = kind(text)
+        self._told.set()
+        return self._latest
 
 
 def _is_registered(group: ProcessGroup) -> bool:
@@ -295,206 +438,5 @@ def _is_registered(group: ProcessGroup) -> bool:
     return True
 
 
-class GuardedGraph:
-    """A rewritten graph whose calls are events."""
-
-    def __init__(
-        self,
-        guard: Guard,
-        config: SequenceParallelConfig,
-        graph: RewrittenGraph,
-        inputs: Sequence[fx.Node],
-        example_inputs: Sequence[Any],
-    ) -> None:
-        self._guard, self._config = guard, config
-        bodies = [m for m in graph.rewritten.modules() if isinstance(m, fx.GraphModule) and m is not graph.rewritten]
-        self._plan = "\n".join([str(graph), *map(format_graph, bodies)])
-        self._options = _comparable(config)
-        place = _PLACE.search(self._plan)
-        self._graph = f"{graph.name} ({place[1]})" if place else graph.name
-        self._names = [_name(node) for node in inputs]
-        self._kinds = ["parameter" if isinstance(value, Parameter) else "input" for value in example_inputs]
-        self._specs = [_spec(value) for value in example_inputs]
-        self._watched = [index for index, kind in enumerate(self._kinds) if kind == "input"]
-        self._draws = any(_draws(node) for body in [graph.rewritten, *bodies] for node in body.graph.nodes)
-        self._key = _digest(self._plan, self._options)
-        self._backward_watched = False
-
-    def agree(self) -> Event:
-        """Wait until all ranks are about to compile this graph."""
-        event = self._begin(_digest("compile", self._key, self._specs), "compiles", self._values)
-        self._guard.settle(event)
-        return event
-
-    def watch(self, inner: Compiled) -> Compiled:
-        """`inner`, whose calls and backward are events."""
-        first = True
-
-        def run(*args: Any) -> Any:
-            nonlocal first
-            if first or self._config.guards == "debug":
-                event = self._begin_with_values(args, COMPILING if first else self._config.guard_timeout)
-                first = False
-                self._guard.settle(event)
-            else:
-                event = self._begin_with_shapes(args)
-            outputs = self._guard.run(event, inner, *args)
-            if not self._backward_watched:
-                self._watch_backward(outputs)
-            return outputs
-
-        return run
-
-    def _begin_with_shapes(self, args: Sequence[Any]) -> Event:
-        watched = [args[index] for index in self._watched]
-        seen = [(x.dtype, x.shape) if isinstance(x, Tensor) else x for x in watched]
-        sizes = [
-            (_DTYPES[x.dtype], *x.shape) if isinstance(x, Tensor) else x for x in watched if isinstance(x, Tensor | int)
-        ]
-
-        def values() -> list[Value]:
-            specs = dict(zip(self._watched, map(_spec, seen), strict=True))
-            return self._values([specs.get(index, spec) for index, spec in enumerate(self._specs)])
-
-        return self._begin(_hash(self._key, _CALL, *sizes), "calls", values)
-
-    def _begin_with_values(self, args: Sequence[Any], timeout: float) -> Event:
-        args = args[: len(self._names)]
-        checks = self._config.guards != "shapes"
-        checksums: list[int | None] = checksums_of(args) if checks else [None] * len(args)
-        random = generator_checksums(args) if checks and self._draws else {}
-        specs = [_spec(value) for value in args]
-        digest = _digest("call", self._key, specs, checksums, random)
-        return self._begin(digest, "calls", lambda: self._values(specs, checksums), random, timeout)
-
-    def _values(self, specs: Sequence[str] | None = None, checksums: Sequence[int | None] | None = None) -> list[Value]:
-        specs = specs or self._specs
-        rows = zip(self._names, self._kinds, specs, checksums or [None] * len(specs), strict=True)
-        return [Value(*row) for row in rows]
-
-    def _begin(
-        self,
-        digest: int,
-        does: str,
-        values: Callable[[], list[Value]] = list,
-        random: Mapping[str, int] | None = None,
-        timeout: float | None = None,
-    ) -> Event:
-        def account() -> Account:
-            own = {"does": does, "what": f"{does} {self._graph}", "options": self._options, "plan": self._plan}
-            return {**own, "values": values(), "random": random or {}}
-
-        return self._guard.begin(digest, account, timeout or self._config.guard_timeout)
-
-    def _watch_backward(self, outputs: Sequence[Any]) -> None:
-        """AOTAutograd makes one autograd Function for a graph; its backward becomes an event as well."""
-        made = (getattr(getattr(output, "grad_fn", None), "_forward_cls", None) for output in outputs)
-        function = next((each for each in made if hasattr(each, "_aot_id")), None)
-        if function is None:
-            return
-        backward, digest = function.backward, _hash(self._key, _BACKWARD)
-
-        def watched(ctx: Any, *grads: Any) -> Any:
-            return self._guard.run(self._begin(digest, "runs the backward of"), backward, ctx, *grads)
-
-        function.backward = staticmethod(watched)
-        self._backward_watched = True
-
-
-_CALL, _BACKWARD = 1, 2
-
-
-def guard_graph(
-    group: ProcessGroup,
-    config: SequenceParallelConfig,
-    graph: RewrittenGraph,
-    inputs: Sequence[fx.Node],
-    example_inputs: Sequence[Any],
-    compile_inner: Callable[[], Compiled],
-) -> Compiled:
-    """What `compile_inner()` gives, once all ranks of the SP group agree on the graph; its calls are guarded.
-
-    Where they do not agree nothing is compiled, and the call raises: what a backend raises by itself would reach the
-    user in a `BackendCompilerFailed`. Ranks that are simulated in one process have no guard.
-
-    Args:
-        inputs: the placeholders of the Dynamo graph, and `example_inputs` what it was traced with.
-    """
-    backends = {group._get_backend(device).name() for device in group._device_types}
-    if config.guards == "off" or "fake" in backends or not dist.is_gloo_available():
-        return compile_inner()
-    try:
-        guard = _guard_of(group, config.guard_timeout)
-        guarded = GuardedGraph(guard, config, graph, inputs, example_inputs)
-        event = guarded.agree()
-    except SequenceParallelError as error:
-        return _raises(error)
-    return guarded.watch(guard.run(event, compile_inner))
-
-
-def _guard_of(group: ProcessGroup, timeout: float) -> Guard:
-    if group not in _guards:
-        _guards[group] = Guard(group, timeout)
-    return _guards[group]
-
-
-def _raises(error: SequenceParallelError) -> Compiled:
-    kind, text = type(error), str(error)
-
-    def run(*args: Any) -> Any:
-        raise kind(text)
-
-    return run
-
-
-def _comparable(config: SequenceParallelConfig) -> dict[str, str]:
-    """The options on which ranks have to agree, as text."""
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    backend = values["inner_backend"]
-    if not isinstance(backend, str):
-        values["inner_backend"] = getattr(backend, "__qualname__", type(backend).__qualname__)
-    return {name: repr(value) for name, value in values.items() if name not in ("group", "dump", "guard_timeout")}
-
-
-_MEMBER = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
-_WRAPPED = re.compile(r"^L\['args'\]\[0\](?=\._)")
-_ROOT = re.compile(r"\b[LG]\['([^']+)'\]")
-
-
-def _name(node: fx.Node) -> str:
-    """`L['self']._modules['q']._parameters['weight']` as one writes it: `self.q.weight`."""
-    source = getattr(node, "_dynamo_source", None)
-    if source is None:
-        return str(node.target)
-    return _ROOT.sub(r"\1", _MEMBER.sub(r".\1", _WRAPPED.sub("self", source.name)))
-
-
-def _spec(value: Any) -> str:
-    if isinstance(value, Tensor):
-        value = value.dtype, value.shape
-    if isinstance(value, tuple):
-        return f"{dtype_abbrs[value[0]]}[{', '.join(map(str, value[1]))}]"
-    return str(value) if isinstance(value, int) else type(value).__name__
-
-
-_DTYPES = {dtype: index for index, dtype in enumerate(sorted(dtype_abbrs, key=str))}
-
-
-def _draws(node: fx.Node) -> bool:
-    """Whether a node draws random numbers: a dropout that is off does not."""
-    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
-        return False
-    arguments = node.target._schema.arguments
-    given = {a.name: a.default_value for a in arguments if a.has_default_value()}
-    given |= dict(zip((a.name for a in arguments), node.args, strict=False)) | dict(node.kwargs)
-    return given.get("dropout_p", 1) != 0 and given.get("p", 1) != 0 and given.get("train", True) is not False
-
-
-def _digest(*parts: Any) -> int:
-    """63 bits of what JSON can say, alike in every process."""
-    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big") & _BITS
-
-
-def _hash(*numbers: Any) -> int:
-    """The same of numbers and tuples of them, in a microsecond: Python salts the hashes of text only."""
-    return hash(numbers) & _BITS
+def _with_inputs(account: Callable[[], Account], inputs: Callable[[], Any]) -> Account:
+    return {**account(), "values": inputs()}

@@ -7,7 +7,6 @@ from its connections, which the system closes: gloo connects every rank with eve
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import time
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .errors import DataError, RankLostError, SequenceParallelError
+from .peers import end_collectives
 
 FIRST_LOOK = timedelta(seconds=0.25)
 LAST_LOOK = timedelta(seconds=30)
@@ -204,27 +204,6 @@ def read_json(word: bytes, rank: int, place: str) -> Any:
 
 def named(ranks: Sequence[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
-
-
-def end_collectives(group: ProcessGroup) -> None:
-    """Make what this process waits for in a group fail, there and on the ranks that wait for it. The group is lost."""
-    for device in group._device_types:
-        backend = group._get_backend(device)
-        if isinstance(backend, dist.ProcessGroupGloo):
-            end_gloo(backend)
-        else:
-            backend.abort()
-
-
-def end_gloo(backend: Any) -> None:
-    """`abort` of a gloo group does nothing (torch 2.13). A receive that times out closes all of its connections.
-
-    One from a rank that has closed its own fails at once, and closes nothing: so each of them is asked.
-    """
-    nothing, others = torch.zeros(1, device="cpu"), set(range(backend.size())) - {backend.rank()}
-    for tag, other in itertools.product(range(8), others):  # each network interface has a context, by the tag
-        with suppress(RuntimeError):
-            backend.recv([nothing], other, tag).wait(timedelta(milliseconds=1))
 
 
 _losses: WeakKeyDictionary[ProcessGroup, tuple[type[SequenceParallelError], str]] = WeakKeyDictionary()

@@ -1,0 +1,18 @@
+"""A short `python -m tests.soak`."""
+
+from __future__ import annotations
+
+import pytest
+
+from .gloo_pool import GlooPool
+from .soak import growth, long_run
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_long_run_stays_as_it_is(gloo2: GlooPool) -> None:
+    for found in gloo2.run(long_run, 200, "aot_eager"):
+        grown = growth(found, 100)
+        print(grown)
+        assert grown.pop("resident_mb") < 4
+        assert not any(grown.values())
