@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/installed-$(TORCH)
 export OMP_NUM_THREADS := 1
 export TORCHINDUCTOR_COMPILE_THREADS := 1
 
-.PHONY: demo test test-fast test-next test-all lint clean
+.PHONY: demo test test-fast test-next test-all fuzz faults soak lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/print_graph.py
@@ -32,6 +32,17 @@ test-next:
 # Also every model with every attention implementation and every P, its coverage, and every program with every P.
 test-all: test
 	$(BIN)/python -m pytest -m full -n 2
+
+# Random programs on one device and on ranks, 5,000 simulated and 100 with two processes: an hour and a half.
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz --programs 5000 --real 100
+
+# Every fault of the table on three real ranks, 20 minutes; and a run of 1,000 steps on two.
+faults: $(INSTALLED)
+	$(BIN)/python -m tests.faults
+
+soak: $(INSTALLED)
+	$(BIN)/python -m tests.soak
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
 
-from .fuzz.programs import Draw, Ends, RandomProgram, programs
+from .fuzz.programs import Draw, Ends, RandomProgram, TooSensitive, programs
 from .mutants import MUTANTS
 
 
@@ -20,7 +22,8 @@ from .mutants import MUTANTS
 @given(programs())
 def test_a_random_program_is_right_on_every_rank(program: RandomProgram) -> None:
     assume(program.is_valid())
-    program.check()
+    with suppress(TooSensitive):
+        program.check()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,21 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from ..gloo_pool import GlooPool
-from .outcomes import BATCH, INVALID, LOST, RAISES, RIGHT, WRONG, Outcome, batch, generated, planted, prepare, real
+from .outcomes import (
+    BATCH,
+    INVALID,
+    LOST,
+    RAISES,
+    RIGHT,
+    SENSITIVE,
+    WRONG,
+    Outcome,
+    batch,
+    generated,
+    planted,
+    prepare,
+    real,
+)
 
 
 def main() -> None:
@@ -58,7 +72,7 @@ def main() -> None:
 def report(outcomes: list[Outcome]) -> None:
     """Print the programs that are not right, as they can be run again."""
     for outcome in outcomes:
-        if outcome.kind not in (RIGHT, INVALID):
+        if outcome.kind not in (RIGHT, INVALID, SENSITIVE):
             tqdm.write(f"{outcome.kind}: {outcome.program!r}\n  {outcome.said[:400]}", file=sys.stdout)
 
 

@@ -17,9 +17,10 @@ from sp_compile.verify import run_alone
 
 from ..gloo_pool import GlooPool, RankDied, RankTimeout, collect_rarely
 from ..mutants import MUTANTS
-from .programs import RandomProgram, programs
+from .programs import RandomProgram, TooSensitive, programs
 
 RIGHT, INVALID, TORCH = "right", "not valid on one device", "wrong or refused by plain torch.compile too"
+SENSITIVE = "too sensitive to rounding to be compared"
 WRONG, RAISES, LOST = "WRONG", "RAISES", "RANKS LOST"
 BATCH = 10
 """Programs that a worker runs between two reports."""
@@ -57,6 +58,8 @@ def simulated(program: RandomProgram) -> Outcome:
         return Outcome(INVALID, program)
     try:
         program.check()
+    except TooSensitive as error:
+        return Outcome(SENSITIVE, program, str(error))
     except Exception as error:
         kind = WRONG if isinstance(error, AssertionError) and str(error).startswith("P=") else RAISES
         said = f"{type(error).__name__}: {error}"
@@ -97,6 +100,8 @@ def real(pool: GlooPool, program: RandomProgram) -> Outcome:
     except Exception as error:
         kind = RAISES if plain_is_right(program, "aot_eager") else TORCH
         return Outcome(kind, program, f"{type(error).__name__}: {error}")
+    if program.single and 5e-2 < errors < float("inf"):
+        return Outcome(SENSITIVE, program, f"an error of {errors:.1e}")
     if errors > (5e-2 if program.single else 1e-8):
         return Outcome(WRONG if plain_is_right(program, "aot_eager") else TORCH, program, f"an error of {errors:.1e}")
     return Outcome(RIGHT, program)
