@@ -222,8 +222,11 @@ def test_what_autocast_brings_to_one_dtype_is_counted_outside_of_it() -> None:
 
 
 def test_what_cannot_be_counted_is_unknown_and_no_error() -> None:
-    node = attention_node(torch.float32, torch.float32)
-    assert not is_uncounted(node)
-    key: Any = node.args[1]
-    key.meta["val"] = torch.empty(1, 2, 7, 3, device="meta")  # of another width: the op raises
+    graph = fx.Graph()
+    left, right = graph.placeholder("left"), graph.placeholder("right")
+    left.meta["val"], right.meta["val"] = torch.empty(7, 4, device="meta"), torch.empty(4, 5, device="meta")
+    node = graph.call_function(torch.ops.aten.matmul.default, (left, right))
+    node.meta["val"] = torch.empty(7, 5, device="meta")
+    assert not is_uncounted(node) and contraction_flops(node) == 2 * 7 * 4 * 5
+    right.meta["val"] = torch.empty(3, 5, device="meta")  # of another width: the op raises
     assert is_uncounted(node) and contraction_flops(node) == flops(node) == 0
