@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from operator import getitem
 from typing import Any
 
@@ -31,7 +32,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from sp_compile.canonicalize import has_effect, memory_order
+from sp_compile.canonicalize import GRAD_MODE, has_effect, memory_order
 from sp_compile.config import Output, SequenceParallelConfig
 from sp_compile.graph import GraphRules, is_tensor, op_of, source_of
 from sp_compile.ops import MOVING_OPS
@@ -93,6 +94,10 @@ class _Writer:
         self.sizes: dict[sympy.Expr, fx.Node] = {}
         self.origins: dict[str, str] = {}
         self.region = 0
+        self.grad_mode: bool | None = None
+        """What the graph has set last; None: nothing yet, so that it is that of the caller."""
+        self.grad_modes: dict[fx.Node, bool | None] = {}
+        """That of each captured node."""
         self.current: fx.Node | None = None
         self.rank: fx.Node | None = None
         self.modules: dict[str, fx.GraphModule] = {}
@@ -106,7 +111,7 @@ class _Writer:
         self.rank = self.graph.placeholder(RANK)
         outputs: tuple[LeavingOutput, ...] = ()
         for node in nodes:
-            self.current = node
+            self.current, self.grad_modes[node] = node, self.grad_mode
             if node.op == "output":
                 outputs = self._write_output(node)
             elif node.op != "placeholder":
@@ -143,6 +148,8 @@ class _Writer:
                 return  # written where it is used, from the symbols
             if not _has_value(node):
                 self.region += 1
+            if node.target is GRAD_MODE:
+                (self.grad_mode,) = node.args  # type: ignore[assignment]
             self._copy(node)
         elif isinstance(value, torch.SymInt) and self._known(size_of(value)):
             return
@@ -293,9 +300,21 @@ class _Writer:
             source, result = source_of(value)
             assert isinstance(source.target, torch._ops.OpOverload)
             args, kwargs = self._arguments(source, [self._view_again(base)])
-            view = self._add(value, source.target, args, kwargs)
+            with self._in_grad_mode_of(source):
+                view = self._add(value, source.target, args, kwargs)
             self.converted[key] = view if source is value else self._add(value, getitem, (view, result), {})
         return self.converted[key]
+
+    @contextmanager
+    def _in_grad_mode_of(self, node: fx.Node) -> Iterator[None]:
+        """What is written inside has a gradient if what a captured node made had one."""
+        there, here = self.grad_modes[node], self.grad_mode
+        differs = there is not None is not here and there != here
+        if differs:
+            self._add(None, GRAD_MODE, (there,), {})
+        yield
+        if differs:
+            self._add(None, GRAD_MODE, (here,), {})
 
     def _real_rows(self, placement: Sharded) -> fx.Node:
         positions = self._positions(placement)

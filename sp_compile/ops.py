@@ -63,7 +63,7 @@ from .transport import (
     start_gather,
 )
 
-LOWERING_VERSION = 9
+LOWERING_VERSION = 10
 """Part of every compile cache key: raise it whenever what an op lowers to changes, or what is in `inductor`."""
 
 _library = torch.library.Library("sp", "DEF")
@@ -320,8 +320,8 @@ def all_gather(
     layout = _layout(x, dim, outer, sizes, granules, windows, parts)
     if layout.is_even(parts):
         # The join may be a view, and has to be one that autograd sees: it does not let a view be written to that a
-        # custom Function returns, and loses what is written to views of it.
-        return layout.join(_AllGather.run(x.unsqueeze(0), rank, None, group), parts)
+        # custom Function returns, and loses what is written to views of it. Of one row a rank it would lie by ranks.
+        return layout.join(_AllGather.run(x.unsqueeze(0), rank, None, group), parts).contiguous()
     return _AllGather.run(x, rank, layout, group)
 
 

@@ -78,6 +78,18 @@ def test_whole_outputs_lie_in_memory_as_on_one_device(make: str, parts: int) -> 
     assert_equivalent(WholeInMemory(WHOLE[make]).double(), (tokens(2, 7, 12),), parts=parts)
 
 
+@pytest.mark.parametrize("length", [3, 6, 7])
+def test_gathered_rows_lie_in_memory_as_on_one_device(length: int) -> None:
+    """Of one row a rank, too, where the pieces of all ranks could be joined by strides alone."""
+
+    def body(m: Parts, x: Tensor) -> Tensor:
+        y = m.block(x)
+        torch._dynamo.graph_break()
+        return y.as_strided((y.numel(),), (1,)) * 1
+
+    assert_equivalent(Parts(body), (tokens(2, length, 12),), parts=3)
+
+
 class WrittenBehind(nn.Module):
     """Two outputs of the first graph share their memory, which code behind it writes to."""
 

@@ -245,6 +245,24 @@ def test_a_rule_that_makes_another_dtype_is_noticed(monkeypatch: pytest.MonkeyPa
     assert re.search(said, graph.unsharded)
 
 
+def view_without_gradient(m: Parts, x: Tensor) -> Any:
+    y = m.block(x)
+    with torch.no_grad():
+        z = y[:, ::2]
+    return y, z, z * m.w
+
+
+def view_of_an_input_without_gradient(m: Parts, x: Tensor) -> Any:
+    with torch.no_grad():
+        z = x[:, ::2]
+    return z, m.block(x)
+
+
+@pytest.mark.parametrize("body", [view_without_gradient, view_of_an_input_without_gradient])
+def test_a_view_that_is_returned_has_the_gradient_that_it_has_on_one_device(body: Callable[..., Any]) -> None:
+    assert_equivalent(Parts(body), (tokens(2, 6, 12),), parts=2)
+
+
 def reads_data(m: Parts, x: Tensor) -> Any:
     return m.block(x) * m.w.data + m.w
 
