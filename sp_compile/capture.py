@@ -30,6 +30,7 @@ from torch._higher_order_ops.effects import _get_effect
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._ops import HigherOrderOperator, OpOverload
+from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.distributed._local_tensor import LocalTensor
@@ -51,6 +52,7 @@ from sp_compile.canonicalize import (
     SDPA_BACKENDS,
     STATE,
     canonical,
+    memory_order,
 )
 from sp_compile.errors import CaptureError, place_of, user_line
 from sp_compile.opaque import CONTEXT_FN, RETRACED, collapse
@@ -175,12 +177,20 @@ def _is_foreign_subclass(value: Any) -> bool:
 
 
 def _fakify_by_shape(fake_mode: FakeTensorMode, x: torch.Tensor, symbolic: Any, like: torch.Tensor) -> torch.Tensor:
-    """A value of simulated ranks as one rank has it, or a sharded input as the program sees it."""
+    """A value of simulated ranks as one rank has it, or a sharded input as the program sees it.
+
+    It lies in memory without gaps, in the order of `like` if that does.
+    """
     with fake_mode:
         sizes = x.shape
         if symbolic is not None:
             sizes = fake_mode.from_tensor(x, symbolic_context=symbolic, source=symbolic.tensor_source).shape
-        return torch.empty(sizes, dtype=like.dtype, device=like.device, requires_grad=x.requires_grad)
+        strides, step = [0] * len(sizes), 1
+        order = memory_order(like) if is_non_overlapping_and_dense_or_false(like) else list(range(like.dim()))
+        for dim in reversed(order):
+            strides[dim], step = step, step * sizes[dim]
+        made = torch.empty_strided(sizes, strides, dtype=like.dtype, device=like.device)
+        return made.requires_grad_(x.requires_grad)
 
 
 class _Hidden(Exception):

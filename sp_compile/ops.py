@@ -458,7 +458,9 @@ def refill_padding(
     starts, blocks = [sum(layout.sizes[:at]) for at in range(len(layout.sizes))], layout.blocks(parts)
     # Sizes may be symbolic: no tensor is made from a list of them.
     first = torch.cat([torch.full((1,), start, device=x.device, dtype=torch.int64) for start in starts])
-    rows = select_rows(x, rank, dim, outer, sizes, granules, first, group, windows)
+    # A last segment without a row starts where nothing is stored: any row does for its padding.
+    stored = torch.cat([layout.stored_rows(parts, x.device), torch.zeros(1, device=x.device, dtype=torch.int64)])
+    rows = _select_stored(x, rank, layout.dim, stored.index_select(0, first), group)
     segment = torch.cat([torch.full((n,), at, device=x.device, dtype=torch.int64) for at, n in enumerate(blocks)])
     remote = rows.index_select(layout.dim, segment)
     return torch.where(present.view(-1, *[1] * (x.dim() - layout.dim - 1)), nearest, remote)
@@ -491,9 +493,14 @@ def select_rows(
     layout = _layout(x, dim, outer, sizes, granules, windows, parts)
     wrapped = torch.where(index < 0, index + outer * layout.rows, index)
     stored = layout.stored_rows(parts, x.device).index_select(0, wrapped)
-    mine = stored // x.shape[layout.dim] == rank
-    row = torch.where(mine, stored % x.shape[layout.dim], 0)
-    return _SelectRows.run(x, layout.dim, row, mine, group)
+    return _select_stored(x, rank, layout.dim, stored, group)
+
+
+def _select_stored(x: Tensor, rank: Tensor, dim: int, stored: Tensor, group: str) -> Tensor:
+    """The rows that `stored` numbers, as they lie in the local rows of all ranks end to end."""
+    mine = stored // x.shape[dim] == rank
+    row = torch.where(mine, stored % x.shape[dim], 0)
+    return _SelectRows.run(x, dim, row, mine, group)
 
 
 @_op(

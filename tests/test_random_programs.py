@@ -26,6 +26,36 @@ def test_a_random_program_is_right_on_every_rank(program: RandomProgram) -> None
         program.check()
 
 
+SMALL = RandomProgram([], (2, 6, 12), (3, 4, 3), 2, False, Ends(6))
+
+FOUND = {
+    "a view that is made without gradients": SMALL._replace(
+        steps=[Draw("flipped", 0, 0, 4, "no_grad")], shape=(2, 12, 12), dynamic=True
+    ),
+    "one row on each rank, and code behind the graph that asks how it lies in memory": SMALL._replace(
+        steps=[Draw("class_tokens", 0, 0, 0), Draw("linear_attention", 1, 3, 2), Draw("cross_from_few", 1, 0, 2)],
+        shape=(3, 2, 12),
+        parts=3,
+        ends=Ends(8, ("alias", "last", "flat"), (1,)),
+        trained=False,
+    ),
+    "an input of simulated ranks that is not contiguous": SMALL._replace(
+        steps=[Draw("fourier", 0, 1, 2), Draw("block", 0, 1, 5)],
+        shape=(3, 6, 12),
+        ends=Ends(6, ("transposed", "flat", "heads"), (4,)),
+        trained=False,
+    ),
+    "no row before a cut that is a symbol": SMALL._replace(
+        steps=[Draw("swapped_halves", 0, 2, 0), Draw("block", 0, 1, 3, "break")], dynamic=True, trained=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_random_programs_have_found(name: str) -> None:
+    FOUND[name].check()
+
+
 @pytest.mark.parametrize(
     ("mutant", "step", "ends"),
     [
