@@ -49,6 +49,7 @@ def llama() -> nn.Module:
 MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "one attention, 64 tokens": (Small, 64, 64),
     "Llama of 4 layers, 1,024 tokens": (llama, 2048, 1024),
+    "the same, 4,096 tokens": (llama, 2048, 4096),
 }
 
 
@@ -94,9 +95,11 @@ def row(name: str, setting: str, seconds: dict[str, list[float]]) -> list[Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--model", choices=MODELS, action="append", help="without any: all")
+    options = parser.parse_args()
+    rounds = options.rounds
     pool, rows = GlooPool(2), []
-    for name in MODELS:
+    for name in options.model or MODELS:
         seconds = pool.run(steps_of, name, rounds, timeout=3600.0)[0]
         rows += [row(name, setting, seconds) for setting in SETTINGS if setting != "off"]
     pool.close()
