@@ -11,8 +11,8 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_long_run_stays_as_it_is(gloo2: GlooPool) -> None:
-    for found in gloo2.run(long_run, 200, "aot_eager"):
-        grown = growth(found, 100)
+    for found in gloo2.run(long_run, 500, "aot_eager"):
+        grown = growth(found, 300)
         print(grown)
         assert grown.pop("resident_mb") < 4
         assert not any(grown.values())

@@ -17,7 +17,7 @@ from sp_compile.verify import run_alone
 
 from ..gloo_pool import GlooPool, RankDied, RankTimeout, collect_rarely
 from ..mutants import MUTANTS
-from .programs import RandomProgram, TooSensitive, programs
+from .programs import Differs, RandomProgram, TooSensitive, programs
 
 RIGHT, INVALID, TORCH = "right", "not valid on one device", "wrong or refused by plain torch.compile too"
 SENSITIVE = "too sensitive to rounding to be compared"
@@ -60,21 +60,25 @@ def simulated(program: RandomProgram) -> Outcome:
         program.check()
     except TooSensitive as error:
         return Outcome(SENSITIVE, program, str(error))
+    except Differs as error:
+        plain = plain_differs(program, "eager")
+        return Outcome(TORCH if plain is None or error.names <= plain else WRONG, program, str(error))
     except Exception as error:
-        kind = WRONG if isinstance(error, AssertionError) and str(error).startswith("P=") else RAISES
-        said = f"{type(error).__name__}: {error}"
-        return Outcome(TORCH if not plain_is_right(program, "eager") else kind, program, said)
+        kind = TORCH if plain_differs(program, "eager") is None else RAISES
+        return Outcome(kind, program, f"{type(error).__name__}: {error}")
     return Outcome(RIGHT, program)
 
 
-def plain_is_right(program: RandomProgram, backend: str) -> bool:
-    """Whether `torch.compile` without us gives what one device gives uncompiled."""
+def plain_differs(program: RandomProgram, backend: str) -> frozenset[str] | None:
+    """What `torch.compile` without us gives otherwise than one device does uncompiled; None: it raises."""
+    tolerance = 5e-2 if program.single else 1e-8
     try:
         with program.autocast():
             expected = run_alone((program.module(), program.inputs(), {}))
-            return within(expected, compiled_alone(program, backend), program)
+            errors = compare(expected, compiled_alone(program, backend), 1, tolerance)
     except Exception:  # of any kind: it is torch's
-        return False
+        return None
+    return frozenset(name for name, (error,) in errors.items() if not error <= tolerance)
 
 
 def compiled_alone(program: RandomProgram, backend: str) -> Step:
@@ -82,11 +86,6 @@ def compiled_alone(program: RandomProgram, backend: str) -> Step:
     model = program.module()
     call: Callable[..., Any] = torch.compile(model, backend=backend, dynamic=True if program.dynamic else None)
     return step(call, model, program.inputs(), {})
-
-
-def within(expected: Step, got: Step, program: RandomProgram) -> bool:
-    tolerance = 5e-2 if program.single else 1e-8
-    return all(error <= tolerance for errors in compare(expected, got, 1, tolerance).values() for error in errors)
 
 
 def real(pool: GlooPool, program: RandomProgram) -> Outcome:
@@ -98,12 +97,13 @@ def real(pool: GlooPool, program: RandomProgram) -> Outcome:
     except (RankDied, RankTimeout) as error:
         return Outcome(LOST, program, str(error))
     except Exception as error:
-        kind = RAISES if plain_is_right(program, "aot_eager") else TORCH
+        kind = TORCH if plain_differs(program, "aot_eager") is None else RAISES
         return Outcome(kind, program, f"{type(error).__name__}: {error}")
     if program.single and 5e-2 < errors < float("inf"):
         return Outcome(SENSITIVE, program, f"an error of {errors:.1e}")
     if errors > (5e-2 if program.single else 1e-8):
-        return Outcome(WRONG if plain_is_right(program, "aot_eager") else TORCH, program, f"an error of {errors:.1e}")
+        kind = TORCH if plain_differs(program, "aot_eager") != frozenset() else WRONG
+        return Outcome(kind, program, f"an error of {errors:.1e}")
     return Outcome(RIGHT, program)
 
 

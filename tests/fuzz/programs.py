@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,6 +34,14 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "last": lambda t: t[:, -1],
 }
 """What is returned beside a stream, of its memory."""
+
+
+class Differs(AssertionError):
+    """Ranks do not give what one device gives; `names` are of the values that differ."""
+
+    def __init__(self, text: str, names: Collection[str]) -> None:
+        super().__init__(text)
+        self.names = frozenset(names)
 
 
 class TooSensitive(Exception):
@@ -109,7 +117,7 @@ class RandomProgram(NamedTuple):
         return torch.autocast("cpu", torch.bfloat16, enabled=self.single)
 
     def check(self) -> None:
-        """Raise an AssertionError, or what the backend raises, if simulated ranks do not give what one device does.
+        """Raise `Differs`, or what the backend raises, if simulated ranks do not give what one device does.
 
         Raises `TooSensitive` where nothing can be told.
         """
@@ -122,7 +130,7 @@ class RandomProgram(NamedTuple):
                 raise error.__cause__ or error from error
             if set(found.wrong) <= set(found.undecided):
                 raise TooSensitive(str(error)) from error
-            raise AssertionError(f"P={self.parts}: {error}") from error
+            raise Differs(f"P={self.parts}: {error}", found.wrong) from error
 
 
 def _run(step: MakeStream, mode: str, m: Parts, t: Tensor, u: Tensor, number: int) -> Tensor:
