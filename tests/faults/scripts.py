@@ -106,7 +106,9 @@ def at_places() -> dict[str, Fault]:
     faults = {}
     for name, action in ACTIONS.items():
         for place in PLACES:
-            others = {"killed": LOST, "stopped": f"{PARTED}|{LOST}" if place in BETWEEN else LOST}.get(name, RAISED)
+            # One that stops is late, unless it is known to compile or to be inside of a call: then it is silent.
+            stopped = f"{PARTED}|{LOST}" if place in (*BETWEEN, "while planning") else LOST
+            others = {"killed": LOST, "stopped": stopped}.get(name, RAISED)
             struck = own.get(name, "ended")
             if name == "slow":
                 others = struck = PARTED if place in BETWEEN else "ok"
