@@ -26,7 +26,7 @@ from .outcomes import (
     LOST,
     RAISES,
     RIGHT,
-    SENSITIVE,
+    UNDECIDED,
     WRONG,
     Outcome,
     batch,
@@ -72,7 +72,7 @@ def main() -> None:
 def report(outcomes: list[Outcome]) -> None:
     """Print the programs that are not right, as they can be run again."""
     for outcome in outcomes:
-        if outcome.kind not in (RIGHT, INVALID, SENSITIVE):
+        if outcome.kind not in (RIGHT, INVALID, UNDECIDED):
             tqdm.write(f"{outcome.kind}: {outcome.program!r}\n  {outcome.said[:400]}", file=sys.stdout)
 
 

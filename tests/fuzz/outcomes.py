@@ -17,10 +17,10 @@ from sp_compile.verify import run_alone
 
 from ..gloo_pool import GlooPool, RankDied, RankTimeout, collect_rarely
 from ..mutants import MUTANTS
-from .programs import Differs, RandomProgram, TooSensitive, programs
+from .programs import Differs, RandomProgram, Undecided, programs
 
 RIGHT, INVALID, TORCH = "right", "not valid on one device", "wrong or refused by plain torch.compile too"
-SENSITIVE = "too sensitive to rounding to be compared"
+UNDECIDED = "too sensitive to rounding, or not for simulated ranks"
 WRONG, RAISES, LOST = "WRONG", "RAISES", "RANKS LOST"
 BATCH = 10
 """Programs that a worker runs between two reports."""
@@ -58,8 +58,8 @@ def simulated(program: RandomProgram) -> Outcome:
         return Outcome(INVALID, program)
     try:
         program.check()
-    except TooSensitive as error:
-        return Outcome(SENSITIVE, program, str(error))
+    except Undecided as error:
+        return Outcome(UNDECIDED, program, str(error))
     except Differs as error:
         plain = plain_differs(program, "eager")
         return Outcome(TORCH if plain is None or error.names <= plain else WRONG, program, str(error))
@@ -100,7 +100,7 @@ def real(pool: GlooPool, program: RandomProgram) -> Outcome:
         kind = TORCH if plain_differs(program, "aot_eager") is None else RAISES
         return Outcome(kind, program, f"{type(error).__name__}: {error}")
     if program.single and 5e-2 < errors < float("inf"):
-        return Outcome(SENSITIVE, program, f"an error of {errors:.1e}")
+        return Outcome(UNDECIDED, program, f"an error of {errors:.1e}")
     if errors > (5e-2 if program.single else 1e-8):
         kind = TORCH if plain_differs(program, "aot_eager") != frozenset() else WRONG
         return Outcome(kind, program, f"an error of {errors:.1e}")
