@@ -45,7 +45,7 @@ class Differs(AssertionError):
 
 
 class Undecided(Exception):
-    """From nearly the same inputs one device gives as different values as ranks do, or simulated ranks cannot run it."""
+    """From nearly the same inputs one device gives other values as well; or simulated ranks cannot run a program."""
 
 
 class Draw(NamedTuple):
