@@ -100,7 +100,7 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "default dtype": _default_dtype,
     "function mode": _Calls,
     "no_grad": torch.no_grad,
-    "profiler": torch.profiler.profile,
+    "profiler": torch.autograd.profiler.profile,
 }
 
 
