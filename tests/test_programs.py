@@ -21,7 +21,7 @@ from sp_compile import RewrittenGraph, rewritten_graphs, sp_backend
 from sp_compile.debug import unsharded_graphs
 from sp_compile.simulation import simulate
 
-from .equivalence import assert_equivalent, compared, differences, known_graphs, step
+from .equivalence import assert_equivalent, compared, differences, known_graphs, step, tokens
 from .mutants import MUTANTS
 from .programs import PROGRAMS, Parts, Program, moved, wasted
 
@@ -48,6 +48,27 @@ def test_program_is_right_on_every_rank(case: Program) -> None:
     assert not [move for graph in graphs for move in wasted(graph)]
     if case.moves:
         assert total == case.moves
+
+
+def a_token_written_to_a_cache(m: Parts, x: Tensor, keys: Tensor, values: Tensor) -> Any:
+    at = torch.tensor([5])
+    keys.index_copy_(2, at, m.split(m.k(x)))
+    values.index_copy_(2, at, m.split(m.v(x)))
+    seen = (torch.arange(29) <= at)[None, None, None]
+    return m.o(m.join(F.scaled_dot_product_attention(m.split(m.q(x)), keys, values, attn_mask=seen)))
+
+
+@pytest.mark.parametrize("attention", ["auto", "ulysses", "all_gather_kv"])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_step_of_generation_moves_no_cache(parts: int, attention: str) -> None:
+    """Sharded it would be as right, and would move the whole cache for one token."""
+    keys, values = torch.randn(2, 1, 3, 29, 4, dtype=torch.float64)
+    given = tokens(1, 1, 12).detach(), keys.clone(), values.clone()
+    with torch.no_grad():
+        graphs = assert_equivalent(
+            Parts(a_token_written_to_a_cache), given, parts=parts, options={"attention": attention}, must_shard=False
+        )
+    assert not graphs
 
 
 OTHERS = [
