@@ -33,11 +33,11 @@ test-next:
 test-all: test
 	$(BIN)/python -m pytest -m full -n 2
 
-# Random programs on one device and on ranks, 5,000 simulated and 100 with two processes: an hour and a half.
+# Random programs on one device and on ranks, 5,000 simulated and 100 with two processes: three hours.
 fuzz: $(INSTALLED)
 	$(BIN)/python -m tests.fuzz --programs 5000 --real 100
 
-# Every fault of the table on three real ranks, 20 minutes; and a run of 1,000 steps on two.
+# Every fault of the table on three real ranks, a quarter of an hour; and a run of 1,000 steps on two.
 faults: $(INSTALLED)
 	$(BIN)/python -m tests.faults
 
