@@ -231,6 +231,7 @@ class _Writer:
     def _write_output(self, node: fx.Node) -> tuple[LeavingOutput, ...]:
         leaving: list[LeavingOutput] = []
         outputs: list[Any] = []
+        gathered_before: dict[fx.Node, fx.Node] = {}
         returned = node.args[0]
         assert isinstance(returned, tuple)
         shared = _shared_memory([each for each in returned if isinstance(each, fx.Node) and is_tensor(each)])
@@ -243,9 +244,10 @@ class _Writer:
             elif output in shared:
                 outputs.append(self._view_again(output))
             elif isinstance(placement, Replicated):
-                whole = self._gather_output(output, f"gather_output_{index}")
-                self.converted.setdefault((output, "output", index), whole)
-                outputs.append(whole)
+                if output not in gathered_before:  # what is returned twice is one tensor
+                    gathered_before[output] = self._gather_output(output, f"gather_output_{index}")
+                self.converted.setdefault((output, "output", index), gathered_before[output])
+                outputs.append(gathered_before[output])
             else:
                 outputs.append(self.convert(output, placement))
             padded = isinstance(placement, Sharded) and not placement.layout.is_even(self.plan.parts)

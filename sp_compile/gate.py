@@ -29,7 +29,7 @@ COLLECTIVES = (
 """What `_c10d_functional` launches; the names that torch gives them in a group that is written in Python."""
 
 Admit = Callable[[int, tuple[Any, ...]], "Waiting | None"]
-"""Called before collective number i of COLLECTIVES is launched with its arguments; what it raises stops it."""
+"""Called before collective number i of COLLECTIVES is launched with its arguments. An exception stops the launch."""
 
 Waiting = Callable[[Any], None]
 """Waits for a launched collective in place of its `wait`."""

@@ -219,7 +219,7 @@ class Guard:
             self._thread.join(GRACE)
 
     def look(self) -> bool:
-        """What the thread does at each tick; whether there will be another."""
+        """What the thread does at each tick. Returns whether there will be another."""
         group = self._group()
         if self._ended.is_set() or (self._failure is not None and self._told.is_set()):
             return False

@@ -113,6 +113,27 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+UNCHANGED: dict[str, Callable[[Tensor], Tensor]] = {
+    "to": lambda y: y.to(y.dtype),
+    "reshape": lambda y: y.reshape(y.shape),
+    "expand": lambda y: y.expand_as(y),
+}
+
+
+@pytest.mark.parametrize("name", UNCHANGED)
+def test_what_is_returned_twice_is_one_tensor(name: str) -> None:
+    """Transposed in memory, it would else be gathered twice, and what is written to the one be lost for the other."""
+
+    def body(m: Parts, x: Tensor) -> Any:
+        y = m.block(x).mT.contiguous().mT.detach() * 1
+        z = UNCHANGED[name](y)
+        torch._dynamo.graph_break()
+        z.mul_(2)
+        return y * 1, m.block(x)
+
+    assert_equivalent(Parts(body), (tokens(2, 7, 12),), parts=3)
+
+
 @pytest.mark.parametrize("view", VIEWS)
 def test_outputs_that_share_memory_still_do(view: str) -> None:
     assert_equivalent(WrittenBehind(VIEWS[view]).double(), (tokens(1, 7, 12),), parts=2)

@@ -36,8 +36,9 @@ def sum_over_ranks(contract: Contract, finish: Finish | None = None) -> Body:
             return total
         (result,) = local.call.results
         assert result is not None
-        made, casts = finish(local, total), {each.dtype for each in local.call.operands if each.dtype.is_floating_point}
-        return made if casts == {result.dtype} else local.emit(aten.to.dtype, made, result.dtype)
+        casts = any(each.dtype.is_floating_point and each.dtype != result.dtype for each in local.call.operands)
+        made = finish(local, total)
+        return local.emit(aten.to.dtype, made, result.dtype) if casts else made
 
     return body
 
