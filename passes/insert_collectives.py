@@ -245,7 +245,9 @@ class _Writer:
                 outputs.append(self._view_again(output))
             elif isinstance(placement, Replicated):
                 if output not in gathered_before:  # what is returned twice is one tensor
-                    gathered_before[output] = self._gather_output(output, f"gather_output_{index}")
+                    whole = self._gather_output(output, f"gather_output_{index}")
+                    twice = returned.count(output) > 1 and _viewed(whole) is not None
+                    gathered_before[output] = _in_memory_of_its_own(self, whole) if twice else whole
                 self.converted.setdefault((output, "output", index), gathered_before[output])
                 outputs.append(gathered_before[output])
             else:

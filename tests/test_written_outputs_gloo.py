@@ -69,6 +69,15 @@ def the_same_twice(m: Parts, x: Tensor) -> tuple[Tensor, ...]:
     return y, y
 
 
+def transposed_in_memory(m: Parts, x: Tensor) -> tuple[Tensor, ...]:
+    return (m.block(x).mT.contiguous().mT * 2,)
+
+
+def the_same_twice_transposed_in_memory(m: Parts, x: Tensor) -> tuple[Tensor, ...]:
+    (y,) = transposed_in_memory(m, x)
+    return y, y.reshape(y.shape)
+
+
 def behind_a_break(m: Parts, x: Tensor) -> tuple[Tensor, ...]:
     y = m.block(x) * 2
     z = y[:, :, :4]
@@ -95,6 +104,8 @@ BODIES: list[Body] = [
     the_input,
     detached,
     the_same_twice,
+    transposed_in_memory,
+    the_same_twice_transposed_in_memory,
     behind_a_break,
     behind_a_break_without_attention,
 ]
