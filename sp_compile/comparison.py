@@ -311,16 +311,20 @@ def _projection(x: Tensor) -> Tensor:
 def compare(expected: Step, got: Step, parts: int, tolerance: float) -> dict[str, tuple[float, ...]]:
     """The error of each value on each rank, as in `relative_error`; infinite for one that only one of the two has.
 
+    A gradient that a step does not have is one that is None: torch says of a view made under `no_grad` that it takes
+    a gradient, and hands none on.
+
     The scale of a gradient is its largest value, and never below a thousandth of that of the largest gradient, or 20
     times the tolerance of it: what should be 0 is nothing but rounding.
     """
     least = least_scale_of_gradients(expected, tolerance)
     errors: dict[str, tuple[float, ...]] = {}
     for name in dict.fromkeys((*expected.values, *got.values)):
-        if name not in expected.values or name not in got.values:
+        is_gradient = name.startswith("grad ")
+        if not is_gradient and (name not in expected.values or name not in got.values):
             errors[name] = (float("inf"),) * parts
             continue
-        one, other, floor = expected.values[name], got.values[name], least if name.startswith("grad ") else 0.0
+        one, other, floor = expected.values.get(name), got.values.get(name), least if is_gradient else 0.0
         pairs = [(on_rank(one, rank), on_rank(other, rank)) for rank in range(parts)]
         errors[name] = tuple(relative_error(whole, of_rank, floor) for whole, of_rank in pairs)
     return errors

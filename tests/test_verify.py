@@ -166,6 +166,26 @@ def test_that_no_gradient_was_compared_is_said() -> None:
     assert "No gradient was compared" not in str(verify(model, x, sp_size=2))
 
 
+def test_a_view_under_no_grad_hands_no_gradient_on() -> None:
+    """torch says that it requires one, and the ranks' do not: None reaches the leaves of both."""
+
+    def body(m: Parts, x: Tensor) -> Tensor:
+        y = m.block(x)
+        with torch.no_grad():
+            return y[:, 1:]
+
+    verification = verify(Parts(body), tokens(), sp_size=2)
+    assert not verification.wrong and set(verification.errors["grad input 0"]) == {0.0}
+
+    def lost(m: Parts, x: Tensor) -> Tensor:
+        y = m.block(x)
+        with torch.set_grad_enabled(not torch.compiler.is_compiling()):
+            return y[:, 1:]
+
+    with pytest.raises(VerificationError, match="grad input 0"):
+        verify(Parts(lost), tokens(), sp_size=2)
+
+
 def test_flex_attention() -> None:
     def body(m: Parts, x: Tensor) -> Tensor:
         q, k, v = (m.split(each(x)) for each in (m.q, m.k, m.v))

@@ -177,7 +177,7 @@ def programs(draw: st.DrawFn) -> RandomProgram:
         st.sampled_from(MODES),
     )
     return RandomProgram(
-        tuple(draw(st.lists(some, min_size=2, max_size=8))),
+        tuple(draw(st.lists(some, min_size=2, max_size=5))),
         (draw(st.integers(1, 3)), draw(st.integers(2, 14)), 12),
         draw(st.sampled_from(((3, 4, 3), (6, 2, 2), (2, 6, 1)))),
         draw(st.integers(2, 5)),
