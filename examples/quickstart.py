@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sp_compile import RewrittenGraph, init_sequence_parallel, rewritten_graphs, sp_backend
-from sp_compile.explain import module_path
+from sp_compile.tools.explain import module_path
 
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 2e-4
 

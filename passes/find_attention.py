@@ -23,12 +23,12 @@ from operator import getitem
 
 from torch import fx
 
-from sp_compile.features import Features
-from sp_compile.graph import GraphRules
-from sp_compile.plan import AttentionSite, SiteOperand
-from sp_compile.rule import OpShardingRule, all_factors, factors_of
+from sp_compile.ir.graph import GraphRules
+from sp_compile.ir.plan import AttentionSite, SiteOperand
+from sp_compile.placement.placements import REPLICATED, Placement, Sharded, whole_layout
+from sp_compile.planning.features import Features
 from sp_compile.rules.registry import ATTENTION, AttentionRoles
-from sp_compile.sharding import REPLICATED, Placement, Sharded, whole_layout
+from sp_compile.rules.rule import OpShardingRule, all_factors, factors_of
 
 
 def find_attention(rules: GraphRules) -> tuple[AttentionSite, ...]:

@@ -16,10 +16,10 @@ ranks.
 
 from __future__ import annotations
 
-from sp_compile.features import Features
-from sp_compile.graph import GraphRules
-from sp_compile.plan import SiteOperand
-from sp_compile.rule import OpShardingRule, all_factors, factors_of
+from sp_compile.ir.graph import GraphRules
+from sp_compile.ir.plan import SiteOperand
+from sp_compile.planning.features import Features
+from sp_compile.rules.rule import OpShardingRule, all_factors, factors_of
 
 
 def find_mixers(rules: GraphRules) -> tuple[SiteOperand, ...]:

@@ -32,15 +32,19 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from sp_compile.canonicalize import GRAD_MODE, has_effect, memory_order
-from sp_compile.config import Output, SequenceParallelConfig
-from sp_compile.graph import GraphRules, is_tensor, op_of, source_of
-from sp_compile.ops import MOVING_OPS
-from sp_compile.plan import COMPUTED_AGAIN, LeavingOutput, ShardedGraph, ShardingPlan, SitePlan
-from sp_compile.rule import argument_defaults, in_order
-from sp_compile.rules.halo import neighbouring_rows
-from sp_compile.rules.registry import READS_MEMORY
-from sp_compile.sharding import (
+from sp_compile.ir.effects import GRAD_MODE, has_effect, memory_order
+from sp_compile.ir.graph import GraphRules, is_tensor, op_of, source_of
+from sp_compile.ir.plan import (
+    COMPUTED_AGAIN,
+    LeavingOutput,
+    Output,
+    RandomNumbers,
+    ShardedGraph,
+    ShardingPlan,
+    SitePlan,
+)
+from sp_compile.ops.sp_ops import MOVING_OPS
+from sp_compile.placement.placements import (
     REPLICATED,
     GroupedHeads,
     Placement,
@@ -53,6 +57,9 @@ from sp_compile.sharding import (
     size_of,
     whole_layout,
 )
+from sp_compile.rules.halo import neighbouring_rows
+from sp_compile.rules.registry import READS_MEMORY
+from sp_compile.rules.rule import argument_defaults, in_order
 
 aten = torch.ops.aten
 RANK = "sp_rank"
@@ -64,14 +71,19 @@ def insert_collectives(
     rules: GraphRules,
     plan: ShardingPlan,
     group: str,
-    config: SequenceParallelConfig,
     outputs: Sequence[Output],
+    *,
+    rng: RandomNumbers = "parallel",
+    local_gradients: bool = False,
 ) -> ShardedGraph:
     """Rewrite a captured graph for the SP group named `group`; the given graph stays as it is.
 
-    `outputs` is how each of its outputs is to leave.
+    Args:
+        outputs: how each of its outputs is to leave.
+        rng: the option of this name.
+        local_gradients: whether a parameter's gradient is a rank's own sum, times P.
     """
-    return _Writer(graph_module, rules, plan, group, config, outputs).write()
+    return _Writer(graph_module, rules, plan, group, outputs, rng, local_gradients).write()
 
 
 class _Writer:
@@ -81,13 +93,12 @@ class _Writer:
         rules: GraphRules,
         plan: ShardingPlan,
         group: str,
-        config: SequenceParallelConfig,
         outputs: Sequence[Output],
+        rng: RandomNumbers,
+        local_gradients: bool,
     ) -> None:
         self.graph_module, self.rules, self.plan, self.group = graph_module, rules, plan, group
-        self.outputs = outputs
-        self.local_gradients = config.param_grads == "local"
-        self.rng = config.rng
+        self.outputs, self.rng, self.local_gradients = outputs, rng, local_gradients
         self.graph = fx.Graph()
         self.written: dict[fx.Node, fx.Node] = {}
         self.converted: dict[tuple[fx.Node, Placement | str, int], fx.Node] = {}

@@ -22,11 +22,11 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from sp_compile.canonicalize import STATE, has_effect
-from sp_compile.graph import GraphRules, is_tensor, source_of
-from sp_compile.rule import OpShardingRule, factors_of, named_arguments
+from sp_compile.ir.effects import STATE, has_effect
+from sp_compile.ir.graph import GraphRules, is_tensor, source_of
+from sp_compile.placement.placements import Size, product
 from sp_compile.rules.grouped import PRODUCTS, GroupedRows
-from sp_compile.sharding import Size, product
+from sp_compile.rules.rule import OpShardingRule, factors_of, named_arguments
 
 aten = torch.ops.aten
 

@@ -24,12 +24,12 @@ import torch
 from torch import fx
 from torch.fx._lazy_graph_module import _make_graph_module
 
-from sp_compile.canonicalize import STATE
-from sp_compile.cost import contraction_flops
-from sp_compile.exchange import packed_exchange
-from sp_compile.ops import MOVING_OPS
-from sp_compile.plan import COMPUTED_AGAIN, ShardedGraph
-from sp_compile.rule import argument_defaults
+from sp_compile.ir.effects import STATE
+from sp_compile.ir.plan import COMPUTED_AGAIN, ShardedGraph
+from sp_compile.ops.exchange import packed_exchange
+from sp_compile.ops.sp_ops import MOVING_OPS
+from sp_compile.planning.cost import contraction_flops
+from sp_compile.rules.rule import argument_defaults
 
 sp = torch.ops.sp
 _EXCHANGES = (sp.all_to_all.default, sp.all_to_all_kv.default)

@@ -24,14 +24,10 @@ from operator import getitem
 import torch
 from torch import fx
 
-from sp_compile.borrowers import join_borrowers
-from sp_compile.graph import GraphRules, op_of, source_of
-from sp_compile.homes import Vote, choose_homes, homes_of_mixed
+from sp_compile.ir.graph import GraphRules, op_of, source_of
+from sp_compile.ir.plan import NO_RULE, AttentionSite, Fallback, NodePlan, ShardingPlan, SiteOperand, SitePlan
 from sp_compile.links import DEFAULT_LINKS, Links
-from sp_compile.plan import NO_RULE, AttentionSite, Fallback, NodePlan, ShardingPlan, SiteOperand, SitePlan
-from sp_compile.rule import OpSharding, OpShardingRule
-from sp_compile.rules import has_rule
-from sp_compile.sharding import (
+from sp_compile.placement.placements import (
     REPLICATED,
     Layout,
     Placement,
@@ -42,7 +38,11 @@ from sp_compile.sharding import (
     product,
     whole_layout,
 )
-from sp_compile.site_plans import PlannedSoFar, SitePlanner
+from sp_compile.planning.borrowers import join_borrowers
+from sp_compile.planning.homes import Vote, choose_homes, homes_of_mixed
+from sp_compile.planning.site_plans import PlannedSoFar, SitePlanner
+from sp_compile.rules import has_rule
+from sp_compile.rules.rule import OpSharding, OpShardingRule
 
 MOST_PADDING = 1.5
 """How many times its share of a sequence a rank computes, at most, before rows go to the ranks that have none."""

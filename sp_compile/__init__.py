@@ -9,8 +9,20 @@ model = torch.compile(model, backend=sp_backend)
 
 from . import _torch_version as _torch_version  # before all that may fail with another version
 from .backend import sp_backend
+from .capture.region import replicated_region
 from .config import SequenceParallelConfig
-from .debug import RewrittenGraph, rewritten_graphs
+from .distributed.group import (
+    destroy_sequence_parallel,
+    get_data_parallel_group,
+    get_data_parallel_rank,
+    get_data_parallel_world_size,
+    get_sequence_parallel_group,
+    get_sequence_parallel_rank,
+    get_sequence_parallel_world_size,
+    init_sequence_parallel,
+)
+from .distributed.measure_links import measure_links
+from .distributed.sharded_input import ShardedInput, sharded_input, sharded_inputs
 from .errors import (
     CaptureError,
     ConfigurationError,
@@ -23,23 +35,12 @@ from .errors import (
     SequenceParallelError,
     VerificationError,
 )
-from .explain import explain
-from .group import (
-    destroy_sequence_parallel,
-    get_data_parallel_group,
-    get_data_parallel_rank,
-    get_data_parallel_world_size,
-    get_sequence_parallel_group,
-    get_sequence_parallel_rank,
-    get_sequence_parallel_world_size,
-    init_sequence_parallel,
-)
-from .links import Links, measure_links
-from .region import replicated_region
-from .report import Report
+from .links import Links
 from .rules import register_sharding_rule
-from .sharded_input import ShardedInput, sharded_input, sharded_inputs
-from .verify import Verification, verify
+from .runtime.records import RewrittenGraph, rewritten_graphs
+from .tools.explain import explain
+from .tools.report import Report
+from .tools.verify import Verification, verify
 
 __all__ = [
     "CaptureError",

@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .doctor import doctor
 from .errors import ConfigurationError, VerificationError
-from .explain import explain
-from .verify import verify
+from .tools.doctor import doctor
+from .tools.explain import explain
+from .tools.verify import verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

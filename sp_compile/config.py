@@ -13,14 +13,15 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from sp_compile.errors import ConfigurationError
+from sp_compile.ir.plan import Output, RandomNumbers
 from sp_compile.links import Links
 
-Output = Literal["gather", "shard", "dtensor"]
 Outputs = Output | Mapping[str | int, Output] | tuple[tuple[str | int, Output], ...]
 ParameterGradients = Literal["all_reduce", "local"]
 Attention = Literal["auto", "ulysses", "all_gather_kv", "replicate"]
-RandomNumbers = Literal["parallel", "exact"]
 Guards = Literal["off", "shapes", "on", "debug"]
+Optional = Literal["outline_experts", "find_attention", "find_mixers", "pack_exchanges"]
+"""The passes without which a graph is still right."""
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "outputs": get_args(Output),
@@ -85,6 +86,10 @@ class SequenceParallelConfig:
     dump: str | os.PathLike[str] | None = None
     """A folder to write the graph to, before and after every pass."""
 
+    skip: tuple[Optional, ...] = ()
+    """Passes that are not run, to find the one that a fault comes from: `outline_experts`, `find_attention`,
+    `find_mixers`, `pack_exchanges`. Without one of them a graph is right and moves more, or is not sharded."""
+
     guards: Guards = "on"
     """What ranks compare, and raise `RankMismatchError` of before anything is computed together.
 
@@ -110,6 +115,12 @@ class SequenceParallelConfig:
             value = getattr(self, name)
             if value not in choices and (name != "outputs" or isinstance(value, str)):
                 raise ConfigurationError(_wrong_value(name, value, choices))
+        if isinstance(self.skip, str) or not isinstance(self.skip, Sequence):
+            raise ConfigurationError(_wrong_type("skip", self.skip, "a list of names of passes"))
+        object.__setattr__(self, "skip", tuple(self.skip))
+        for name in self.skip:
+            if name not in get_args(Optional):
+                raise ConfigurationError(_wrong_value("skip", name, get_args(Optional)))
         for name in ("strict", "overlap"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(_wrong_type(name, getattr(self, name), "True or False"))

@@ -34,10 +34,14 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset, DistributedSampler
 
-from sp_compile.errors import ConfigurationError, DataError, RankLostError, SequenceParallelError
-from sp_compile.group import current_epoch, get_data_group, get_data_parallel_rank, get_data_parallel_world_size
-from sp_compile.structure import SHARED_CLASSES, Structure, build, dtype_of_name
-from sp_compile.words import (
+from sp_compile.distributed.group import (
+    current_epoch,
+    get_data_group,
+    get_data_parallel_rank,
+    get_data_parallel_world_size,
+)
+from sp_compile.distributed.structure import SHARED_CLASSES, Structure, build, dtype_of_name
+from sp_compile.distributed.words import (
     FIRST_LOOK,
     as_json,
     ended_peers,
@@ -52,6 +56,7 @@ from sp_compile.words import (
     timeout_of,
     wait_for,
 )
+from sp_compile.errors import ConfigurationError, DataError, RankLostError, SequenceParallelError
 
 T = TypeVar("T")
 

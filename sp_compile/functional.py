@@ -45,10 +45,10 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import GroupName
 
-from sp_compile import ops  # noqa: F401  defines torch.ops.sp
+from sp_compile.distributed.group import rank_tensor, resolve_group
 from sp_compile.errors import SequenceParallelError
-from sp_compile.group import rank_tensor, resolve_group
-from sp_compile.sharding import block_rows
+from sp_compile.ops import sp_ops as ops  # noqa: F401  defines torch.ops.sp
+from sp_compile.placement.placements import block_rows
 
 __all__ = [
     "Cache",

@@ -6,7 +6,7 @@ one all-to-all brings q, k and v of all streams to their heads, one brings the r
 every rank, and so is text that is only attended to (Wan): local queries read all of it.
 
 Counted are the collectives of one block; those that gather the outputs of the last one are not. Bytes are what each
-rank receives, own block excluded: forward without padding, as in `sp_compile.cost`, and as launched, padded; in
+rank receives, own block excluded: forward without padding, as in `planning.cost`, and as launched, padded; in
 backward by the exchanges, and by the sums of gradients, which by hand are DDP's of all parameters. Both versions run
 and are compared with one device: values on every rank and all gradients, by hand as DDP averages them over the ranks.
 """
@@ -34,8 +34,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sp_compile import rewritten_graphs, sp_backend
 from sp_compile.functional import gather_heads_scatter_seq, gather_outputs, gather_seq_scatter_heads_qkv, slice_inputs
-from sp_compile.sharding import block_rows
-from sp_compile.simulation import simulate
+from sp_compile.placement.placements import block_rows
+from sp_compile.tools.simulation import simulate
 
 from .equivalence import Step, differences, step
 

@@ -1,8 +1,8 @@
 """What of each model of the zoo ran sharded: `python -m tests.coverage [--markdown] [--why] [--overloads] [model …]`.
 
 On 2 simulated ranks, with at least 64 tokens a rank. Coverage is the share of the forward's floating-point operations
-(`sp_compile.cost`) that the ranks divide among them; work in a graph that was not captured, or outside of any graph,
-counts as not divided. `--why` lists what was not sharded and what was gathered, with the line of the model;
+(`sp_compile.planning.cost`) that the ranks divide among them; work in a graph that was not captured, or outside of
+any graph, counts as not divided. `--why` lists what was not sharded and what was gathered, with the line of the model;
 `--overloads` every ATen overload without a rule, and every fallback.
 """
 
@@ -25,12 +25,12 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdp
 from transformers.integrations import moe  # noqa: F401  # registers the op below
 
 from sp_compile import RewrittenGraph, rewritten_graphs
-from sp_compile.cost import Collective, contraction_flops, flops, peak_activation_bytes, planned_flops
-from sp_compile.debug import UnshardedGraph, unsharded_graphs
 from sp_compile.errors import user_line
-from sp_compile.graph import GraphRules
-from sp_compile.plan import ShardingPlan
+from sp_compile.ir.graph import GraphRules
+from sp_compile.ir.plan import ShardingPlan
+from sp_compile.planning.cost import Collective, contraction_flops, flops, peak_activation_bytes, planned_flops
 from sp_compile.rules.registry import has_rule
+from sp_compile.runtime.records import UnshardedGraph, unsharded_graphs
 
 from .equivalence import differences, step
 from .zoo import ZOO, Model, build, run_on_ranks

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from sp_compile import RewrittenGraph, rewritten_graphs
-from sp_compile.comparison import Step, compare, step
-from sp_compile.debug import unsharded_graphs
-from sp_compile.verify import first_divergence_of, run_alone
-from sp_compile.verify import run_simulated as simulated
+from sp_compile.runtime.records import unsharded_graphs
+from sp_compile.tools.comparison import Step, compare, step
+from sp_compile.tools.verify import first_divergence_of, run_alone
+from sp_compile.tools.verify import run_simulated as simulated
 
 __all__ = [
     "Step",

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from sp_compile.group import destroy_sequence_parallel, init_sequence_parallel
+from sp_compile.distributed.group import destroy_sequence_parallel, init_sequence_parallel
 
 # Once a rank has failed, the others may wait for it in a collective for ever.
 SECONDS_AFTER_A_FAILURE = 5.0

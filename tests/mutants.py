@@ -27,13 +27,13 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 import sp_compile  # noqa: F401  (registers everything that is patched here)
-from sp_compile import ops
-from sp_compile.exchange import Exchange, GatherReturn, KVHeads
-from sp_compile.rule import Body, OpCall, OpShardingRule
+from sp_compile.ops import sp_ops as ops
+from sp_compile.ops.exchange import Exchange, GatherReturn, KVHeads
+from sp_compile.ops.transport import as_before
+from sp_compile.placement.placements import Sharded
+from sp_compile.placement.sharded_dim import ShardedDim
 from sp_compile.rules import grouped, halo, registry
-from sp_compile.sharded_dim import ShardedDim
-from sp_compile.sharding import Sharded
-from sp_compile.transport import as_before
+from sp_compile.rules.rule import Body, OpCall, OpShardingRule
 
 aten = torch.ops.aten
 writer: Any = sys.modules["sp_compile.passes.insert_collectives"]

@@ -30,8 +30,8 @@ import torch
 from tqdm import tqdm
 
 from sp_compile import init_sequence_parallel, rewritten_graphs, sp_backend
-from sp_compile.debug import unsharded_graphs
-from sp_compile.simulation import bare, fake_world
+from sp_compile.runtime.records import unsharded_graphs
+from sp_compile.tools.simulation import bare, fake_world
 
 from .gloo_pool import collect_rarely
 from .programs import PROGRAMS

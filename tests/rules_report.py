@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from tabulate import tabulate
 from torch._ops import OpOverload
 
-from sp_compile.rule import OpShardingRule, factors_of
 from sp_compile.rules.registry import _RULES, _WHOLE
+from sp_compile.rules.rule import OpShardingRule, factors_of
 
 from .rules import CASES
 

@@ -14,14 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sp_compile import (
-    init_sequence_parallel,
-    ops,
-    rewritten_graphs,
-    sp_backend,
-)
-from sp_compile.exchange import Exchange
-from sp_compile.simulation import fake_world
+from sp_compile import init_sequence_parallel, rewritten_graphs, sp_backend
+from sp_compile.ops import sp_ops as ops
+from sp_compile.ops.exchange import Exchange
+from sp_compile.tools.simulation import fake_world
 
 from .equivalence import (
     assert_equivalent,

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from sp_compile.sharded_dim import ShardedDim
-from sp_compile.sharding import Layout, Segment, block_rows, block_size
+from sp_compile.placement.placements import Layout, Segment, block_rows, block_size
+from sp_compile.placement.sharded_dim import ShardedDim
 
 
 @dataclass(frozen=True)

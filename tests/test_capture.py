@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
-from sp_compile.capture import CapturedGraph, capture, user_line
+from sp_compile.capture.capture import CapturedGraph, capture, user_line
 from sp_compile.errors import CaptureError
 
 aten = torch.ops.aten

@@ -15,11 +15,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from sp_compile import (
-    init_sequence_parallel,
-    sp_backend,
-)
-from sp_compile.simulation import fake_world
+from sp_compile import init_sequence_parallel, sp_backend
+from sp_compile.tools.simulation import fake_world
 
 from .equivalence import assert_equivalent, collectives, tokens
 from .test_passes import Block

@@ -8,7 +8,9 @@ from __future__ import annotations
 import cProfile
 import gc
 import pstats
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -17,15 +19,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from sp_compile import backend
+from sp_compile import pipeline
 from sp_compile.config import SequenceParallelConfig
-from sp_compile.graph import GraphRules
+from sp_compile.ir.graph import GraphRules
+from sp_compile.ir.plan import AttentionSite
 from sp_compile.passes import find_attention
-from sp_compile.plan import AttentionSite
-from sp_compile.simulation import fake_world
+from sp_compile.tools.simulation import fake_world
 
 HEADS = 64
-PASSES = {"capture", "find_attention", "propagate", "insert_collectives", "local_values", "pack_exchanges"}
+PASSES = {"capture", "find_attention", "propagate", "insert_collectives", "set_local_values", "pack_exchanges"}
 
 
 class Layer(nn.Module):
@@ -43,24 +45,24 @@ def calls_of_passes(layers: int, parts: int = 2) -> dict[str, int]:
     """How many functions each pass calls for a model of some layers, on `parts` ranks of 2 rows or more."""
     calls: dict[str, int] = {}
 
-    def count(clock: Any, name: str, call: Callable[..., Any], *args: Any) -> Any:
+    def count(each: pipeline.Pass, *args: Any) -> None:
         profile = cProfile.Profile()
-        result = profile.runcall(call, *args)
-        calls[name] = pstats.Stats(profile).total_calls  # type: ignore[attr-defined]
-        return result
+        profile.runcall(each.run, *args)
+        calls[each.name] = pstats.Stats(profile).total_calls  # type: ignore[attr-defined]
 
     def plan(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
-        assert backend.plan_graph(gm, example_inputs, SequenceParallelConfig(), "0", parts).sharded is not None
+        assert pipeline.plan_graph(gm, example_inputs, SequenceParallelConfig(), "0", parts).sharded is not None
         return gm
 
+    counted = [replace(each, run=partial(count, each)) for each in pipeline.PASSES]
     torch._dynamo.reset()
     model = nn.Sequential(*(Layer() for _ in range(layers)))
     gc.collect()
     gc.disable()  # what other tests left calls functions when it goes
-    with fake_world(parts), patch.object(backend._Clock, "time", count):
+    with fake_world(parts), patch.object(pipeline, "PASSES", counted):
         torch.compile(model, backend=plan, fullgraph=True)(torch.randn(1, 128, HEADS))
     gc.enable()
-    assert calls.keys() == {*PASSES, "outline_experts"}  # which finds nothing to do here
+    assert calls.keys() == {*PASSES, "outline_experts", "find_mixers"}  # which find nothing to do here
     return calls
 
 
@@ -83,7 +85,7 @@ def test_a_quadratic_pass_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
             assert [isinstance(other, type(node)) for other in rules.graph.nodes]
         return find_attention(rules)
 
-    monkeypatch.setattr(backend, "find_attention", quadratic)
+    monkeypatch.setattr(pipeline, "find_attention", quadratic)
     assert growth(4)["find_attention"] > 1.2
 
 

@@ -31,7 +31,7 @@ def test_options_arrive_and_the_result_is_frozen() -> None:
             {"inner_backed": "eager"},
             "unknown option 'inner_backed'; did you mean 'inner_backend'? The options are group, "
             "inner_backend, outputs, param_grads, gradient_bucket_mb, overlap, attention, links, rng, strict, dump, "
-            "guards, guard_timeout.",
+            "skip, guards, guard_timeout.",
         ),
         (
             {"outputs": "gathered"},

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sp_compile.cost import contraction_flops, flops, is_uncounted, peak_activation_bytes, planned_flops
-from sp_compile.debug import unsharded_graphs
-from sp_compile.graph import GraphRules
+from sp_compile.ir.graph import GraphRules
+from sp_compile.planning.cost import contraction_flops, flops, is_uncounted, peak_activation_bytes, planned_flops
+from sp_compile.runtime.records import unsharded_graphs
 
 from .equivalence import known_graphs, rewritten_since, run_simulated, tokens
 from .test_passes import Block

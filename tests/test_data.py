@@ -14,11 +14,11 @@ from tokenizers import Tokenizer, models
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedTokenizerFast
 
-from sp_compile import group as sp
 from sp_compile.data import SPDistForward, check_same_inputs, sp_sampler, sync_data, sync_inputs
+from sp_compile.distributed import group as sp
+from sp_compile.distributed.structure import Structure, build
 from sp_compile.errors import ConfigurationError
-from sp_compile.simulation import fake_world
-from sp_compile.structure import Structure, build
+from sp_compile.tools.simulation import fake_world
 
 
 def check_pass_through() -> None:

@@ -27,16 +27,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import BatchEncoding
 from transformers.modeling_outputs import BaseModelOutput
 
-from sp_compile import data, init_sequence_parallel, sharded_input, words
+from sp_compile import data, init_sequence_parallel
 from sp_compile.data import SPDistForward, check_same_inputs, sync_data, sync_inputs
-from sp_compile.doctor import self_test
-from sp_compile.errors import DataError
-from sp_compile.group import (
+from sp_compile.distributed import sharded_input, words
+from sp_compile.distributed.group import (
     get_data_group,
     get_sequence_parallel_group,
     get_sequence_parallel_rank,
     get_sequence_parallel_world_size,
 )
+from sp_compile.errors import DataError
+from sp_compile.tools.doctor import self_test
 from tests.gloo_pool import GlooPool, RankTimeout
 
 pytestmark = pytest.mark.slow

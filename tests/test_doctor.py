@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sp_compile import ops
 from sp_compile.__main__ import main
-from sp_compile.doctor import CHECKS, Diagnosis, doctor
-from sp_compile.sharded_dim import ShardedDim
+from sp_compile.ops import sp_ops as ops
+from sp_compile.placement.sharded_dim import ShardedDim
+from sp_compile.tools.doctor import CHECKS, Diagnosis, doctor
 
 from .gloo_pool import GlooPool
 from .mutants import MUTANTS

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from sp_compile.simulation import fake_world
+from sp_compile.tools.simulation import fake_world
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 
 from sp_compile import Report, explain, get_sequence_parallel_group, measure_links, sp_backend
-from sp_compile.comparison import relative_error
-from sp_compile.cost import received
+from sp_compile.planning.cost import received
+from sp_compile.tools.comparison import relative_error
 
 from .gloo_pool import GlooPool
 from .models import MODELS, inputs_of
@@ -255,7 +255,7 @@ def test_a_planted_wrong_count_is_caught(gloo2: GlooPool, monkeypatch: pytest.Mo
     def narrow(result: Tensor, reduced: bool, parts: int) -> int:
         return received(result.bfloat16() if reduced else result, reduced, parts)
 
-    monkeypatch.setattr("sp_compile.traffic.received", narrow)
+    monkeypatch.setattr("sp_compile.tools.traffic.received", narrow)
     (real, _), planted = gloo2.run(measured, "bfloat16", "eager"), explained("bfloat16")
     assert real[:3] == planted[:3] and real[3] > planted[3]
 

@@ -15,15 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sp_compile import (
-    FallbackError,
-    init_sequence_parallel,
-    register_sharding_rule,
-    replicated_region,
-    sp_backend,
-)
-from sp_compile.debug import unsharded_graphs
-from sp_compile.simulation import fake_world
+from sp_compile import FallbackError, init_sequence_parallel, register_sharding_rule, replicated_region, sp_backend
+from sp_compile.runtime.records import unsharded_graphs
+from sp_compile.tools.simulation import fake_world
 
 from .equivalence import assert_equivalent, collectives, known_graphs, rewritten_since, run_simulated, tokens
 from .programs import Parts

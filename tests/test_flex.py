@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_bloc
 from torch.utils.checkpoint import checkpoint
 
 from sp_compile import FallbackError, rewritten_graphs, sp_backend
-from sp_compile.simulation import simulate
+from sp_compile.tools.simulation import simulate
 
 from .equivalence import assert_equivalent, collectives, differences, known_graphs, rewritten_since, run_simulated, step
 from .gloo_pool import GlooPool
@@ -144,7 +144,7 @@ def test_score_mods(name: str, parts: int) -> None:
 
 
 def test_without_the_global_head_the_answer_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sp_compile.rules.flex._of_rank", lambda rank, index, **_: index + 0)
+    monkeypatch.setattr("sp_compile.rules.aten.flex._of_rank", lambda rank, index, **_: index + 0)
 
     def body(m: Parts, x: Tensor) -> Any:
         return attend(m, x, score_mod=SCORES["alibi parameter"](m, x))

@@ -15,10 +15,10 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sp_compile import functional as F
-from sp_compile import ops
+from sp_compile.distributed.group import get_sequence_parallel_group, init_sequence_parallel
 from sp_compile.errors import SequenceParallelError
-from sp_compile.group import get_sequence_parallel_group, init_sequence_parallel
-from sp_compile.simulation import fake_world, simulate
+from sp_compile.ops import sp_ops as ops
+from sp_compile.tools.simulation import fake_world, simulate
 from tests.test_blocks import Blocks
 from tests.test_ops import Case, assert_same
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch.testing import assert_close
 
 from sp_compile import functional as F
+from sp_compile.distributed.group import get_sequence_parallel_rank
 from sp_compile.errors import SequenceParallelError
-from sp_compile.group import get_sequence_parallel_rank
 from tests.gloo_pool import GlooPool
 from tests.mutants import MUTANTS
 from tests.test_examples import run

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sp_compile import get_sequence_parallel_rank, rewritten_graphs, sp_backend
-from sp_compile.debug import unsharded_graphs
+from sp_compile.runtime.records import unsharded_graphs
 
 from .equivalence import gradient_errors, known_graphs, rewritten_since
 from .gloo_pool import GlooPool

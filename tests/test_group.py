@@ -12,10 +12,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from sp_compile import group as sp
+from sp_compile.distributed import group as sp
+from sp_compile.distributed.words import timeout_of
 from sp_compile.errors import ConfigurationError
-from sp_compile.simulation import fake_world, simulate
-from sp_compile.words import timeout_of
+from sp_compile.tools.simulation import fake_world, simulate
 from tests.gloo_pool import GlooPool, RankFailure, RankTimeout
 
 

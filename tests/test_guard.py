@@ -15,8 +15,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sp_compile import RankLostError, RankMismatchError, RankRaisedError, rewritten_graphs, sp_backend
-from sp_compile.accounts import explain_accounts
-from sp_compile.checksums import (
+from sp_compile.distributed.checksums import (
     CHUNK,
     WHOLE,
     checksum,
@@ -25,13 +24,14 @@ from sp_compile.checksums import (
     is_compared_whole,
     samples_of,
 )
+from sp_compile.distributed.peers import Beat
+from sp_compile.distributed.samples import SAMPLES, LateSamples, Samples, are_close
 from sp_compile.errors import in_words, raised_at
-from sp_compile.event import Event, unseen
-from sp_compile.guarded_graph import _draws
-from sp_compile.peers import Beat
-from sp_compile.samples import SAMPLES, LateSamples, Samples, are_close
-from sp_compile.simulation import simulate
-from sp_compile.watch import SILENT, Watch
+from sp_compile.guards.accounts import explain_accounts
+from sp_compile.guards.event import Event, unseen
+from sp_compile.guards.guarded_graph import _draws
+from sp_compile.guards.watch import SILENT, Watch
+from sp_compile.tools.simulation import simulate
 
 from .tensor_kinds import KINDS, quantised
 from .test_passes import Block

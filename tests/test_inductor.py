@@ -16,8 +16,9 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from torch.profiler import ProfilerActivity, profile
 
-from sp_compile import inductor, sp_backend
-from sp_compile.inductor import PUT_OFF, put_work_under_collectives
+from sp_compile import sp_backend
+from sp_compile.runtime import inductor
+from sp_compile.runtime.inductor import PUT_OFF, put_work_under_collectives
 
 from .gloo_pool import GlooPool
 from .overlap import Parallel

@@ -8,52 +8,35 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# From the bottom up. A package stands for all of its modules.
+# From the bottom up: folders, and the modules beside them.
 LAYERS = (
-    {"errors", "_torch_version"},
-    {
-        "sharding",
-        "rule",
-        "sharded_dim",
-        "transport",
-        "exchange",
-        "ops",
-        "random_ops",
-        "config",
-        "group",
-        "words",
-        "structure",
-        "links",
-        "patch_embedding",
-        "canonicalize",
-        "opaque",
-        "region",
-        "sharded_input",
-        "inductor",
-        "capture",
-        "dropped_backward",
-        "accounts",
-        "checksums",
-        "tensor_kinds",
-        "event",
-        "guard",
-        "guards",
-        "gate",
-        "peers",
-        "samples",
-        "watch",
-    },
-    {"rules", "graph", "features", "plan", "homes", "cost", "site_plans", "borrowers", "traffic", "functional", "data"},
-    {"passes"},
-    {"debug", "guarded_graph", "backend"},
-    {"page", "report", "explain", "simulation", "comparison", "divergence", "verify", "doctor"},
-    {"__main__"},
+    "errors",
+    "_torch_version",
+    "links",
+    "placement",
+    "ops",
+    "rules",
+    "ir",
+    "planning",
+    "passes",
+    "config",
+    "distributed",
+    "capture",
+    "pipeline",
+    "guards",
+    "runtime",
+    "backend",
+    "functional",
+    "data",
+    "tools",
+    "__main__",
 )
-LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+KNOWS_NO_GRAPH = {"distributed": {"errors", "links", "placement", "distributed"}}
+"""What a folder imports that stands beside the planner."""
 
 
 def source_of(module: str) -> Path:
-    """The file of `passes.lower` (from sp_compile), be it a module or a package."""
+    """The file of `rules.rule` (from sp_compile), be it a module or a package."""
     path = ROOT.joinpath("sp_compile", *module.split("."))
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
@@ -80,7 +63,7 @@ def imported_modules(source: str, module: str) -> set[str]:
 
 
 def absolute(node: ast.ImportFrom, module: str) -> str:
-    """`from ..rule import parse` in `rules.views` imports from `sp_compile.rule`."""
+    """`from ..rule import parse` in `rules.aten.views` imports from `sp_compile.rules.rule`."""
     if node.level == 0:
         return node.module or ""
     parts = ["sp_compile", *module.split(".")]
@@ -89,7 +72,7 @@ def absolute(node: ast.ImportFrom, module: str) -> str:
 
 
 def resolve(name: str) -> str:
-    """`sharding.Sharded` is `sharding`; `passes.lower.lower` is `passes.lower`."""
+    """`links.Links` is `links`; `passes.propagate.propagate` is `passes.propagate`."""
     while "." in name and not source_of(name).exists():
         name = name.rpartition(".")[0]
     return name
@@ -100,32 +83,37 @@ def complaints(source: str, module: str) -> list[str]:
     found = []
     for other in sorted(imported_modules(source, module) - {module}):
         other_top = other.partition(".")[0]
-        if LAYER_OF.get(other_top, -1) > LAYER_OF[top]:
+        if other_top not in LAYERS or LAYERS.index(other_top) > LAYERS.index(top):
             found.append(f"{module} imports {other}, which is above it")
+        if other_top not in KNOWS_NO_GRAPH.get(top, {other_top}):
+            found.append(f"{module} imports {other}: {top} knows no graph")
         if top == other_top == "passes" and module != "passes":
             found.append(f"{module} imports {other}: no pass imports another")
-        if other_top == "capture" and top != "backend":
-            found.append(f"{module} imports capture, which only the backend does")
+        if other == "capture.capture" and top != "pipeline":
+            found.append(f"{module} imports {other}, which only the pipeline does")
     return found
 
 
 @pytest.mark.parametrize("module", all_modules())
 def test_imports_point_down(module: str) -> None:
-    assert module.partition(".")[0] in LAYER_OF, f"{module} has no layer: add it to LAYERS"
+    assert module.partition(".")[0] in LAYERS, f"{module} has no layer: add it to LAYERS"
     assert complaints(source_of(module).read_text(), module) == []
 
 
 @pytest.mark.parametrize(
     ("module", "source", "complaint"),
     [
-        ("sharding", "import sp_compile.backend", "sharding imports backend, which is above it"),
+        ("placement.placements", "import sp_compile.backend", "placements imports backend, which is above it"),
         ("errors", "from sp_compile.config import X", "errors imports config, which is above it"),
-        ("rules.views", "from sp_compile import passes", "rules.views imports passes, which is"),
+        ("rules.aten.views", "from sp_compile import passes", "rules.aten.views imports passes, which is"),
         ("passes.a", "def f():\n    import sp_compile.passes.b", "no pass imports another"),
         ("passes.a", "from . import b", "no pass imports another"),
         ("passes", "from ..backend import x", "passes imports backend, which is above it"),
+        ("passes.a", "from sp_compile.config import SequenceParallelConfig", "passes.a imports config, which is above"),
+        ("planning.cost", "from ..distributed.group import x", "planning.cost imports distributed.group, which is"),
         ("rules.a", "from ..passes.b import x", "rules.a imports passes, which is above it"),
-        ("passes.a", "from sp_compile.capture import capture", "only the backend does"),
+        ("distributed.group", "from ..ir.plan import x", "distributed knows no graph"),
+        ("backend", "from sp_compile.capture.capture import capture", "only the pipeline does"),
     ],
 )
 def test_a_planted_wrong_import_is_found(module: str, source: str, complaint: str) -> None:
@@ -133,11 +121,11 @@ def test_a_planted_wrong_import_is_found(module: str, source: str, complaint: st
 
 
 def test_imports_that_are_right() -> None:
-    assert complaints("from sp_compile.passes import lower", "passes") == []
-    assert complaints("from . import lower", "passes") == []
-    assert complaints("from ..rule import parse\nfrom .views import x", "rules.linear") == []
-    assert complaints("from sp_compile.sharding import Sharded", "passes.lower") == []
-    assert complaints("import sp_compile.capture, sp_compile.passes", "backend") == []
+    assert complaints("from sp_compile.passes import propagate", "passes") == []
+    assert complaints("from . import propagate", "passes") == []
+    assert complaints("from ..rule import parse\nfrom .views import x", "rules.aten.linalg") == []
+    assert complaints("from sp_compile.placement.placements import Sharded", "passes.propagate") == []
+    assert complaints("import sp_compile.capture.capture, sp_compile.passes", "pipeline") == []
 
 
 PICKLING = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal"}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sp_compile import replicated_region, sp_backend
-from sp_compile.simulation import on_rank, simulate
+from sp_compile.tools.simulation import on_rank, simulate
 
 from .equivalence import assert_equivalent, differences, run_simulated, step, tokens
 from .programs import Parts

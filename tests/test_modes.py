@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from sp_compile import explain, rewritten_graphs, sp_backend
-from sp_compile.comparison import on_rank, relative_error
-from sp_compile.simulation import bare, simulate
+from sp_compile.tools.comparison import on_rank, relative_error
+from sp_compile.tools.simulation import bare, simulate
 
 from .equivalence import assert_equivalent, tokens
 from .programs import PROGRAMS, Parts, Program
@@ -238,7 +238,7 @@ def test_every_program_keeps_its_dtypes_under_autocast(case: Program) -> None:
 
 
 def test_a_rule_that_makes_another_dtype_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sp_compile.rules.losses._narrowed", lambda local, value: value)
+    monkeypatch.setattr("sp_compile.rules.aten.losses._narrowed", lambda local, value: value)
     half = Parts(lambda m, x: F.mse_loss(m.block(x), x.detach()), double=False).bfloat16()
     (graph,) = explain(half, torch.randn(1, 13, 12, dtype=torch.bfloat16), sp_size=2).graphs
     said = r"makes torch.float32\[\] of mse_loss .* its sharding rule has to make torch.bfloat16\[\]"
@@ -309,6 +309,6 @@ def test_data(body: Callable[..., Any], shards: bool) -> None:
 
 
 def test_a_read_of_data_that_keeps_the_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sp_compile.capture.DATA", None)
+    monkeypatch.setattr("sp_compile.capture.capture.DATA", None)
     with pytest.raises(AssertionError, match="grad w"):
         assert_equivalent(Parts(reads_data), (tokens(1, 7, 12),), parts=2)

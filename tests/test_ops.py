@@ -17,11 +17,11 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
-from sp_compile import ops
+from sp_compile.distributed.group import get_sequence_parallel_group
 from sp_compile.errors import SequenceParallelError
-from sp_compile.group import get_sequence_parallel_group
-from sp_compile.sharded_dim import ShardedDim
-from sp_compile.simulation import fake_world, simulate
+from sp_compile.ops import sp_ops as ops
+from sp_compile.placement.sharded_dim import ShardedDim
+from sp_compile.tools.simulation import fake_world, simulate
 from tests.test_blocks import Blocks
 
 sp = torch.ops.sp

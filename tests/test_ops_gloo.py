@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sp_compile.group import get_sequence_parallel_rank
+from sp_compile.distributed.group import get_sequence_parallel_rank
 from tests import test_ops
 from tests.gloo_pool import GlooPool
 from tests.mutants import MUTANTS

@@ -16,12 +16,12 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from sp_compile import backend as sp_compile_backend
 from sp_compile import explain, get_sequence_parallel_group, rewritten_graphs, sp_backend
-from sp_compile.comparison import relative_error
 from sp_compile.config import Outputs
-from sp_compile.ops import scale_gradient
-from sp_compile.simulation import on_rank, simulate
+from sp_compile.ops.sp_ops import scale_gradient
+from sp_compile.runtime import outputs as outputs_module
+from sp_compile.tools.comparison import relative_error
+from sp_compile.tools.simulation import on_rank, simulate
 
 from .gloo_pool import GlooPool
 from .models import inputs_of, llama
@@ -162,12 +162,12 @@ def test_a_dtensor_of_any_length() -> None:
 
 @pytest.mark.parametrize("loss_of", [whole_then_loss, mean_of_dtensor])
 def test_a_gradient_of_the_sum_of_equal_losses_is_noticed(loss_of: Callable[[Tensor], Tensor]) -> None:
-    right = sp_compile_backend._as_dtensor
+    right = outputs_module._as_dtensor
 
     def wrong(value: Tensor, *args: Any) -> DTensor:
         return right(scale_gradient(value, 2.0), *args)
 
-    with patch.object(sp_compile_backend, "_as_dtensor", wrong):
+    with patch.object(outputs_module, "_as_dtensor", wrong):
         assert worst_error(loss_of, 2) > 0.9
 
 

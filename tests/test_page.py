@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, Dialog, Locator, Page, sync_playwright
 from torch import nn
 
 from sp_compile import explain
-from sp_compile.page import render
+from sp_compile.tools.page import render
 from tests.models import MODELS, inputs_of
 from tests.page_data import decoder_report, with_fallback
 from tests.test_explain import Layer

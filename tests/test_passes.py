@@ -14,15 +14,15 @@ from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sp_compile import rewritten_graphs, sp_backend
-from sp_compile.canonicalize import SDPA_BACKENDS, has_effect
-from sp_compile.capture import capture
+from sp_compile.capture.capture import capture
 from sp_compile.config import SequenceParallelConfig
-from sp_compile.graph import GraphRules
+from sp_compile.ir.effects import SDPA_BACKENDS, has_effect
+from sp_compile.ir.graph import GraphRules
+from sp_compile.ir.plan import ShardingPlan
 from sp_compile.passes import find_attention, find_mixers, insert_collectives, outline_experts, propagate
-from sp_compile.plan import ShardingPlan
+from sp_compile.placement.placements import REPLICATED, Sharded, whole_layout
 from sp_compile.rules import stays_whole
-from sp_compile.sharding import REPLICATED, Sharded, whole_layout
-from sp_compile.simulation import fake_world, on_rank, simulate
+from sp_compile.tools.simulation import fake_world, on_rank, simulate
 
 from .equivalence import assert_equivalent
 from .programs import Parts
@@ -311,7 +311,8 @@ def written(function: nn.Module, *args: Tensor, parts: int = 2, **options: Any) 
         (returned,) = module.graph.output_node().args
         assert isinstance(returned, tuple)
         kinds = config.output_kinds(list(map(str, returned)))
-        return insert_collectives(module, rules, plan, "0", config, kinds).graph_module
+        local = config.param_grads == "local"
+        return insert_collectives(module, rules, plan, "0", kinds, rng=config.rng, local_gradients=local).graph_module
 
 
 def counts(module: fx.GraphModule) -> Counter[str]:

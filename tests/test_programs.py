@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sp_compile import RewrittenGraph, rewritten_graphs, sp_backend
-from sp_compile.debug import unsharded_graphs
-from sp_compile.simulation import simulate
+from sp_compile.runtime.records import unsharded_graphs
+from sp_compile.tools.simulation import simulate
 
 from .equivalence import assert_equivalent, compared, differences, known_graphs, step, tokens
 from .mutants import MUTANTS

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch._ops import OpOverload
 
-from sp_compile.rule import OpSharding, OpShardingRule
+from sp_compile.placement.placements import REPLICATED, Layout, Segment, Sharded, held_rows, moved_rows, whole_layout
 from sp_compile.rules import halo
-from sp_compile.rules.convolutions import _with_halo
+from sp_compile.rules.aten.convolutions import _with_halo
 from sp_compile.rules.halo import neighbouring_rows
 from sp_compile.rules.registry import _RULES, _WHOLE, has_rule
-from sp_compile.sharding import REPLICATED, Layout, Segment, Sharded, held_rows, moved_rows, whole_layout
-from sp_compile.simulation import simulate
+from sp_compile.rules.rule import OpSharding, OpShardingRule
+from sp_compile.tools.simulation import simulate
 
 from .rules import CASES
 from .rules.brute_force import (

@@ -15,7 +15,7 @@ from torch.nn.attention import flex_attention as flex
 
 from sp_compile import verify
 from sp_compile.errors import SimulationError
-from sp_compile.simulation import on_rank, simulate
+from sp_compile.tools.simulation import on_rank, simulate
 
 from .equivalence import tokens
 from .programs import Parts

@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sp_compile import Verification, VerificationError, verify
 from sp_compile.__main__ import main
-from sp_compile.comparison import (
+from sp_compile.errors import ConfigurationError, FallbackError
+from sp_compile.tools.comparison import (
     Step,
     compare,
     copied,
@@ -33,10 +34,9 @@ from sp_compile.comparison import (
     relative_error,
     rounding_bound,
 )
-from sp_compile.divergence import Divergence
-from sp_compile.errors import ConfigurationError, FallbackError
-from sp_compile.simulation import fake_world, simulate
-from sp_compile.verify import first_divergence_of, run_alone
+from sp_compile.tools.divergence import Divergence
+from sp_compile.tools.simulation import fake_world, simulate
+from sp_compile.tools.verify import first_divergence_of, run_alone
 
 from .mutants import MUTANTS, with_bodies
 from .programs import PROGRAMS, Parts, Program

@@ -19,14 +19,13 @@ import torch.distributed as dist
 from sp_compile import (
     destroy_sequence_parallel,
     get_sequence_parallel_group,
-    group,
     init_sequence_parallel,
     measure_links,
-    sharded_input,
     sp_backend,
 )
 from sp_compile.data import check_same_inputs, sync_data, sync_inputs
-from sp_compile.doctor import self_test
+from sp_compile.distributed import group, sharded_input
+from sp_compile.tools.doctor import self_test
 
 from . import gloo_pool
 from .gloo_pool import GlooPool, RankDied

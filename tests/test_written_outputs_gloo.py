@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sp_compile import sp_backend
-from sp_compile.comparison import relative_error
-from sp_compile.ops import all_gather, all_to_all
+from sp_compile.ops.sp_ops import all_gather, all_to_all
+from sp_compile.tools.comparison import relative_error
 
 from .gloo_pool import GlooPool
 from .programs import Parts

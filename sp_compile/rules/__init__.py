@@ -1,6 +1,6 @@
 """ATen overload -> op sharding rule: `rule_for`, `stays_whole`, and `register_sharding_rule` for a user's own ops."""
 
-from . import (  # noqa: F401
+from .aten import (  # noqa: F401
     attention,
     batch_norm,
     contractions,

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ..rule import Dim, Factors, LocalOp, OpCall, OpShardingRule, factors_of
-from ..sharding import Placement, Sharded, Size, size_of
+from ..placement.placements import Placement, Sharded, Size, size_of
+from .rule import Dim, Factors, LocalOp, OpCall, OpShardingRule, factors_of
 
 
 def wrap(dims: int | Iterable[int] | None, ndim: int) -> tuple[int, ...]:

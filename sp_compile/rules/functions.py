@@ -20,8 +20,8 @@ from torch._ops import HigherOrderOperator
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..rule import OpCall, OpShardingRule, factors_of
 from .dims import fit, plain
+from .rule import OpCall, OpShardingRule, factors_of
 
 aten = torch.ops.aten
 

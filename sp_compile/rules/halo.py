@@ -14,8 +14,8 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from ..rule import Halo, LocalGraph, LocalOp
-from ..sharding import Rows, Sharded, held_rows, rows_beside, whole_layout
+from ..placement.placements import Rows, Sharded, held_rows, rows_beside, whole_layout
+from .rule import Halo, LocalGraph, LocalOp
 
 aten = torch.ops.aten
 

@@ -15,9 +15,9 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import GraphModule
 
 from ..errors import RuleError
-from ..rule import Op, OpCall, OpShardingRule, argument_defaults, own_dimension, parse_rule
 from .functions import function_rule
 from .grouped import GroupedRows, grouped_rule
+from .rule import Op, OpCall, OpShardingRule, argument_defaults, own_dimension, parse_rule
 
 RuleFunction = Callable[[OpCall], OpShardingRule | None]
 """None: this call (by its arguments) has no rule; the op is need-replication in every factor."""
@@ -137,8 +137,8 @@ def register_sharding_rule(op: OpOverload | OpOverloadPacket, text: str, *, atte
     """Tell how an op of your own may be sharded.
 
     `register_sharding_rule(torch.ops.mylib.scan, "b s! c, c -> b s! c")` says that the op runs right on a slice of its
-    batch or channels, but needs the sequence `s` whole. See `sp_compile.rule` for the notation. Operands lie in memory
-    as on one device, contiguous or transposed; gradients may lie otherwise, as autograd's may anywhere.
+    batch or channels, but needs the sequence `s` whole. See `sp_compile.rules.rule` for the notation. Operands lie in
+    memory as on one device, contiguous or transposed; gradients may lie otherwise, as autograd's may anywhere.
 
     `attention` says that the op is an attention, whose first three operands are query, key and value, and names the
     factors of the query and the key length; one name if they are one. It is then planned as

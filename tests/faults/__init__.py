@@ -32,7 +32,8 @@ import torch
 import torch.distributed as dist
 from tabulate import tabulate
 
-from sp_compile import init_sequence_parallel, watch
+from sp_compile import init_sequence_parallel
+from sp_compile.guards import watch
 
 from ..gloo_pool import collect_rarely
 from .ranks import TIMEOUT, Rank

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from tqdm import tqdm
 
 from sp_compile import sp_backend
-from sp_compile.comparison import Step, compare, step
-from sp_compile.verify import run_alone
+from sp_compile.tools.comparison import Step, compare, step
+from sp_compile.tools.verify import run_alone
 
 from ..gloo_pool import GlooPool, RankDied, RankTimeout, collect_rarely
 from ..mutants import MUTANTS

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sp_compile.errors import VerificationError
-from sp_compile.verify import Verification, run_alone, verify
+from sp_compile.tools.verify import Verification, run_alone, verify
 
 from ..programs import Parts
 from .steps import STEPS, MakeStream, write

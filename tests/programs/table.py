@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sp_compile import RewrittenGraph
-from sp_compile.canonicalize import STATE
-from sp_compile.cost import packed_exchanges
-from sp_compile.exchange import GatherExchange
-from sp_compile.sharded_dim import ShardedDim
+from sp_compile.ir.effects import STATE
+from sp_compile.ops.exchange import GatherExchange
+from sp_compile.placement.sharded_dim import ShardedDim
+from sp_compile.planning.cost import packed_exchanges
 
 Argument = tuple[int, ...] | Callable[[], Tensor]
 """The shape of a float64 input that needs a gradient, or what makes another input."""

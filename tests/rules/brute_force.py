@@ -15,9 +15,9 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from sp_compile.rule import Joined, OpCall, OpSharding, OpShardingRule
+from sp_compile.placement.placements import REPLICATED, Layout, Placement, Segment, Sharded, local_shape
 from sp_compile.rules import rule_for
-from sp_compile.sharding import REPLICATED, Layout, Placement, Segment, Sharded, local_shape
+from sp_compile.rules.rule import Joined, OpCall, OpSharding, OpShardingRule
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -105,7 +105,7 @@ class Replicate(torch.autograd.Function):
 
 @dataclass
 class EagerLocalOp:
-    """`sp_compile.rule.LocalOp`, run at once on `Ranks`."""
+    """`sp_compile.rules.rule.LocalOp`, run at once on `Ranks`."""
 
     call: OpCall
     blocks: list[Ranks]

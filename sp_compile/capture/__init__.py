@@ -1,0 +1,1 @@
+"""Dynamo graph → one functional, canonical ATen graph."""

@@ -1,0 +1,1 @@
+"""The rules of ATen, a file per family of ops."""
