@@ -37,15 +37,19 @@ from .errors import (
 )
 from .links import Links
 from .rules import register_sharding_rule
-from .runtime.records import RewrittenGraph, rewritten_graphs
+from .runtime.records import RewrittenGraph, UnshardedGraph, rewritten_graphs, unsharded_graphs
+from .tools.divergence import Divergence
 from .tools.explain import explain
 from .tools.report import Report
 from .tools.verify import Verification, verify
+
+__version__ = "0.1.0"
 
 __all__ = [
     "CaptureError",
     "ConfigurationError",
     "DataError",
+    "Divergence",
     "FallbackError",
     "Links",
     "RankLostError",
@@ -57,8 +61,10 @@ __all__ = [
     "SequenceParallelConfig",
     "SequenceParallelError",
     "ShardedInput",
+    "UnshardedGraph",
     "Verification",
     "VerificationError",
+    "__version__",
     "destroy_sequence_parallel",
     "explain",
     "get_data_parallel_group",
@@ -75,5 +81,6 @@ __all__ = [
     "sharded_input",
     "sharded_inputs",
     "sp_backend",
+    "unsharded_graphs",
     "verify",
 ]

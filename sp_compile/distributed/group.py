@@ -29,7 +29,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed._local_tensor import enabled_local_tensor_mode
 from torch.distributed._local_tensor._c10d import _prepare_collective_groups
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torch.distributed.tensor import DTensor
 
 from sp_compile.distributed.words import delete_addresses, timeout_of
 from sp_compile.errors import ConfigurationError
@@ -165,7 +165,7 @@ def destroy_sequence_parallel() -> None:
     torch._dynamo.reset()
     for cached in _caches:
         cached.cache_clear()
-    _clear_sharding_prop_cache()  # its meshes keep their groups
+    _forget_meshes()  # they keep their groups
     for _, end in _companions:
         end(state.group)
     for group in (state.group, state.data_parallel_group, state.data_group):
@@ -272,10 +272,16 @@ def resolve_group(group: ProcessGroup | DeviceMesh | None) -> ProcessGroup | Non
 
 def mesh_of(group: ProcessGroup, given: ProcessGroup | DeviceMesh | None, device_type: str) -> DeviceMesh:
     """The one-dimensional mesh of an SP group: of the mesh that was `given` as the option `group`, or a new one."""
-    _clear_sharding_prop_cache()  # it answers with meshes that are equal, and whose groups may have been destroyed
+    _forget_meshes()  # it would answer with meshes that are equal, and whose groups may have been destroyed
     if isinstance(given, DeviceMesh):
         return given if given.ndim == 1 else given[MESH_DIM_NAME]
     return DeviceMesh.from_group(group, device_type, mesh_dim_names=(MESH_DIM_NAME,))
+
+
+def _forget_meshes() -> None:
+    """Clear what DTensor caches; `torch.distributed.tensor.debug`, which does so too, cannot do without numpy."""
+    DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
+    torch._C._clear_DTensor_sharding_propagator_cache()
 
 
 def rank_tensor(group: ProcessGroup, device: torch.device | str) -> Tensor:
