@@ -58,8 +58,8 @@ from sp_compile.placement.placements import (
     whole_layout,
 )
 from sp_compile.rules.halo import neighbouring_rows
+from sp_compile.rules.op_call import argument_defaults, in_order
 from sp_compile.rules.registry import READS_MEMORY
-from sp_compile.rules.rule import argument_defaults, in_order
 
 aten = torch.ops.aten
 RANK = "sp_rank"

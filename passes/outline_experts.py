@@ -26,7 +26,8 @@ from sp_compile.ir.effects import STATE, has_effect
 from sp_compile.ir.graph import GraphRules, is_tensor, source_of
 from sp_compile.placement.placements import Size, product
 from sp_compile.rules.grouped import PRODUCTS, GroupedRows
-from sp_compile.rules.rule import OpShardingRule, factors_of, named_arguments
+from sp_compile.rules.op_call import named_arguments
+from sp_compile.rules.rule import OpShardingRule, factors_of
 
 aten = torch.ops.aten
 

@@ -29,7 +29,7 @@ from sp_compile.ir.plan import COMPUTED_AGAIN, ShardedGraph
 from sp_compile.ops.exchange import packed_exchange
 from sp_compile.ops.sp_ops import MOVING_OPS
 from sp_compile.planning.cost import contraction_flops
-from sp_compile.rules.rule import argument_defaults
+from sp_compile.rules.op_call import argument_defaults
 
 sp = torch.ops.sp
 _EXCHANGES = (sp.all_to_all.default, sp.all_to_all_kv.default)

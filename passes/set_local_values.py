@@ -23,7 +23,7 @@ from sp_compile.ir.effects import STATE
 from sp_compile.ir.graph import leaving_no_symbols
 from sp_compile.ir.plan import ShardedGraph
 from sp_compile.placement.placements import Sharded, block_rows, local_shape, size_of
-from sp_compile.rules.rule import TensorSpec
+from sp_compile.rules.op_call import TensorSpec
 
 
 def set_local_values(

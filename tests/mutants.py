@@ -33,7 +33,9 @@ from sp_compile.ops.transport import as_before
 from sp_compile.placement.placements import Sharded
 from sp_compile.placement.sharded_dim import ShardedDim
 from sp_compile.rules import grouped, halo, registry
-from sp_compile.rules.rule import Body, OpCall, OpShardingRule
+from sp_compile.rules.local_op import Body
+from sp_compile.rules.op_call import OpCall
+from sp_compile.rules.rule import OpShardingRule
 
 aten = torch.ops.aten
 writer: Any = sys.modules["sp_compile.passes.insert_collectives"]

@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 from sp_compile import FallbackError, init_sequence_parallel, register_sharding_rule, rewritten_graphs, sp_backend
 from sp_compile.errors import RuleError
 from sp_compile.rules import rule_for
-from sp_compile.rules.rule import OpCall, own_dimension
+from sp_compile.rules.notation import own_dimension
+from sp_compile.rules.op_call import OpCall
 from sp_compile.tools.simulation import fake_world
 
 from .equivalence import assert_equivalent, collectives, compared, run_simulated

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from sp_compile.errors import RuleError
 from sp_compile.placement.placements import Layout, Segment, Sharded, Size, whole_layout
 from sp_compile.rules import register_sharding_rule, rule_for
-from sp_compile.rules.rule import Joined, OpCall, OpShardingRule, TensorSpec, divide, parse_rule
+from sp_compile.rules.notation import parse_rule
+from sp_compile.rules.op_call import OpCall, TensorSpec
+from sp_compile.rules.rule import Joined, OpShardingRule, divide
 
 aten = torch.ops.aten
 S, B = sympy.Symbol("s", integer=True, positive=True), sympy.Symbol("b", integer=True, positive=True)

@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 
 from ..placement.placements import Size, product
 from ..rules import has_rule, rule_for
-from ..rules.rule import Op, OpCall, OpShardingRule, TensorSpec, called_module, in_order
+from ..rules.op_call import Op, OpCall, TensorSpec, called_module, in_order
+from ..rules.rule import OpShardingRule
 
 
 @contextmanager

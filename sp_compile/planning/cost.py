@@ -42,7 +42,7 @@ from ..links import Links
 from ..ops.exchange import AnyExchange, GatherExchange, KVExchange, read_exchange
 from ..placement.placements import GroupedHeads, Placement, Replicated, Sharded, moved_rows
 from ..rules.grouped import PRODUCTS
-from ..rules.rule import TensorSpec, called_module, named_arguments
+from ..rules.op_call import TensorSpec, called_module, named_arguments
 
 log = logging.getLogger(__name__)
 

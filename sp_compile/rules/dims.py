@@ -10,7 +10,9 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..placement.placements import Placement, Sharded, Size, size_of
-from .rule import Dim, Factors, LocalOp, OpCall, OpShardingRule, factors_of
+from .local_op import LocalOp
+from .op_call import OpCall
+from .rule import Dim, Factors, OpShardingRule, factors_of
 
 
 def wrap(dims: int | Iterable[int] | None, ndim: int) -> tuple[int, ...]:

@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .dims import fit, plain
-from .rule import OpCall, OpShardingRule, factors_of
+from .op_call import OpCall
+from .rule import OpShardingRule, factors_of
 
 aten = torch.ops.aten
 

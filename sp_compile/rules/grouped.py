@@ -9,7 +9,8 @@ from torch import fx
 
 from ..placement.placements import Size, exact_quotient
 from .dims import factors, fit
-from .rule import Dim, OpCall, OpShardingRule
+from .op_call import OpCall
+from .rule import Dim, OpShardingRule
 
 PRODUCTS = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
 """`[t, i], [e, i, o], [e] -> [t, o]`: rows in the order of their groups by the matrix of each group; the third operand

@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from ..placement.placements import Rows, Sharded, held_rows, rows_beside, whole_layout
-from .rule import Halo, LocalGraph, LocalOp
+from .local_op import LocalGraph, LocalOp
+from .rule import Halo
 
 aten = torch.ops.aten
 

@@ -17,7 +17,9 @@ from torch.fx import GraphModule
 from ..errors import RuleError
 from .functions import function_rule
 from .grouped import GroupedRows, grouped_rule
-from .rule import Op, OpCall, OpShardingRule, argument_defaults, own_dimension, parse_rule
+from .notation import own_dimension, parse_rule
+from .op_call import Op, OpCall, argument_defaults
+from .rule import OpShardingRule
 
 RuleFunction = Callable[[OpCall], OpShardingRule | None]
 """None: this call (by its arguments) has no rule; the op is need-replication in every factor."""

@@ -14,19 +14,10 @@ A dimension may be several factors, `(g r)`, outermost first, or streams laid en
 
 from __future__ import annotations
 
-import inspect
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
-from typing import Any, Protocol, TypeAlias
+from functools import cached_property
 
-import torch
-from torch import fx
-from torch._ops import HigherOrderOperator, OpOverload
-from torch.utils import _pytree as pytree
-
-from ..errors import RuleError
 from ..placement.placements import (
     REPLICATED,
     GroupedHeads,
@@ -40,112 +31,9 @@ from ..placement.placements import (
     held_rows,
     product,
     received_rows,
-    size_of,
     whole_layout,
 )
-
-_CPU = torch.device("cpu")
-
-Op: TypeAlias = OpOverload | HigherOrderOperator | fx.GraphModule
-"""What a node calls: of the Dynamo graph's opaque parts the module."""
-
-
-@cache
-def argument_defaults(op: Op) -> Mapping[str, Any]:
-    """The arguments of an op in the order of its schema, with their defaults (None for want of one).
-
-    A higher-order operator has no schema: its arguments are those of its `__call__`.
-    """
-    if isinstance(op, fx.GraphModule):
-        return {node.name: None for node in op.graph.find_nodes(op="placeholder")}
-    if isinstance(op, OpOverload):
-        schema = op._schema.arguments
-        return {each.name: each.default_value if each.has_default_value() else None for each in schema}
-    parameters = inspect.signature(op).parameters.items()
-    return {name: None if each.default is each.empty else each.default for name, each in parameters}
-
-
-def named_arguments(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, with the defaults of those that are not given."""
-    defaults = argument_defaults(op)
-    return {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
-
-
-def in_order(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with the keywords in the order of the op's; tensors in this order are its operands."""
-    return tuple(args), {name: kwargs[name] for name in argument_defaults(op) if name in kwargs}
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Global shape and dtype of a tensor argument or result."""
-
-    shape: tuple[Size, ...]
-    dtype: torch.dtype
-    device: torch.device = _CPU
-
-    @staticmethod
-    def of(value: torch.Tensor) -> TensorSpec:
-        return TensorSpec(tuple(size_of(s) for s in value.shape), value.dtype, value.device)
-
-
-@dataclass(frozen=True)
-class OpCall:
-    """One call of an op as a rule sees it: arguments by name, tensors as `TensorSpec`s."""
-
-    target: Op
-    arguments: Mapping[str, Any]
-    operands: tuple[TensorSpec, ...]
-    operand_names: tuple[str, ...]
-    """The schema argument that each operand belongs to; a tensor list gives its name once per tensor."""
-    results: tuple[TensorSpec | None, ...]
-
-    def __getitem__(self, name: str) -> Any:
-        return self.arguments[name]
-
-    @property
-    def overload(self) -> OpOverload:
-        """The target, which is no higher-order operator."""
-        assert isinstance(self.target, OpOverload)
-        return self.target
-
-    @staticmethod
-    def of(target: Op, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> OpCall:
-        """From values: tensors, fake tensors or numbers."""
-        given = named_arguments(target, args, kwargs)
-        arguments = {name: pytree.tree_map_only(torch.Tensor, TensorSpec.of, value) for name, value in given.items()}
-        operands, names = [], []
-        for name, value in arguments.items():
-            for leaf in pytree.tree_leaves(value):
-                if isinstance(leaf, TensorSpec):
-                    operands.append(leaf)
-                    names.append(name)
-        outputs = result if isinstance(result, (tuple, list)) else (result,)
-        results = tuple(TensorSpec.of(out) if isinstance(out, torch.Tensor) else None for out in outputs)
-        return OpCall(target, arguments, tuple(operands), tuple(names), results)
-
-    @staticmethod
-    def of_node(node: fx.Node) -> OpCall:
-        """From a node of a captured graph. A graph among the arguments, as of a `score_mod`, is a `GraphModule`."""
-        target = called_module(node) if node.op == "call_module" else node.target
-        assert isinstance(target, (OpOverload, HigherOrderOperator, fx.GraphModule))
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), _value)
-        return OpCall.of(target, args, kwargs, node.meta["val"])
-
-
-def _value(node: fx.Node) -> Any:
-    if node.op == "get_attr" and "val" not in node.meta:
-        return called_module(node)
-    return node.meta["val"]
-
-
-def called_module(node: fx.Node) -> fx.GraphModule:
-    """The module that a node names."""
-    assert node.graph.owning_module is not None and isinstance(node.target, str)
-    module = node.graph.owning_module.get_submodule(node.target)
-    assert isinstance(module, fx.GraphModule)
-    return module
-
+from .local_op import Body
 
 Factors = tuple[str, ...]
 
@@ -158,78 +46,6 @@ class Joined:
 
 
 Dim = Factors | Joined
-
-
-class LocalGraph(Protocol):
-    """What a local body, or a conversion, may use to write one rank's graph."""
-
-    parts: int
-    """P, the number of ranks."""
-
-    def emit(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node: ...
-
-    def gather(self, value: fx.Node, placement: Sharded, role: str) -> fx.Node:
-        """A sharded value made here, whole on every rank, on its way into sharded work; `role` names the node."""
-        ...
-
-    def rank(self) -> fx.Node:
-        """This rank's place in the group, int64 `[1]`."""
-        ...
-
-
-class LocalOp(LocalGraph, Protocol):
-    """What a local body may use to write the op on one rank's rows into the graph."""
-
-    call: OpCall
-    args: tuple[Any, ...]
-    """The op's positional arguments, tensors already local."""
-    kwargs: dict[str, Any]
-    operands: tuple[Placement, ...]
-    """The placement of each operand, as in `call.operands`."""
-    results: tuple[Placement, ...]
-    rng: str
-
-    def operand(self, index: int) -> fx.Node:
-        """The local value of operand `index`."""
-        ...
-
-    def size(self, size: Size) -> int | fx.Node:
-        """A size as an argument: itself, or a node that computes it."""
-        ...
-
-    def mask_padding(self, value: fx.Node, placement: Placement, fill: float | int) -> fx.Node:
-        """`value` with `fill` in the rows that are padding."""
-        ...
-
-    def refill_padding(self, value: fx.Node, placement: Sharded) -> fx.Node:
-        """`value` with a real row in the rows that are padding."""
-        ...
-
-    def all_reduce(self, value: fx.Node, kind: str = "sum") -> fx.Node: ...
-
-    def replicate(self, value: fx.Node) -> fx.Node:
-        """A replicated value made here, such as a reduced one, on its way into sharded work."""
-        ...
-
-    def shard(self, value: fx.Node, placement: Sharded) -> fx.Node:
-        """This rank's block of a replicated value."""
-        ...
-
-    def positions(self, placement: Sharded) -> fx.Node:
-        """The global index of each local row, int64 `[local]`."""
-        ...
-
-    def select_rows(self, value: fx.Node, placement: Sharded, index: fx.Node) -> fx.Node:
-        """The rows with global `index` (int64 `[n]`) of a sharded value, replicated."""
-        ...
-
-    def computed_again(self, value: fx.Node) -> fx.Node:
-        """`value`, which is not kept for backward but computed once more."""
-        ...
-
-    def module(self, name: str, module: fx.GraphModule) -> fx.Node:
-        """A graph as an argument: what a higher-order operator calls."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -278,9 +94,6 @@ class Halo:
         granule = segment.granule * self.stride if made else exact_quotient(segment.granule, self.stride)
         fits = size == span * self.stride if made else size * self.stride == span
         return whole_layout(size, granule) if granule and fits and span == rows.size else None
-
-
-Body = Callable[[LocalOp], "fx.Node | tuple[fx.Node, ...]"]
 
 
 Cut = dict[str, Layout]
@@ -524,148 +337,3 @@ def factors_of(dim: Dim) -> Factors:
 def all_factors(tensors: Iterable[Iterable[Dim]]) -> set[str]:
     """The factors of some tensors."""
     return {factor for dims in tensors for dim in dims for factor in factors_of(dim)}
-
-
-@dataclass(frozen=True)
-class _Term:
-    """One operand or result of a rule's text."""
-
-    dims: tuple[str | tuple[str, ...], ...]
-    additive: bool
-    metadata: bool
-
-
-_TOKEN = re.compile(r"\.\.\.|\([a-z! ]*\)|[a-z]!?|1")
-
-
-def _parse_term(text: str, rule: str, flagged: set[str]) -> _Term:
-    body = text.strip()
-    additive, metadata = body.startswith("+"), body.startswith("~")
-    body = body.lstrip("+~")
-    dims: list[str | tuple[str, ...]] = []
-    rest = _TOKEN.sub("", body).strip()
-    if rest:
-        raise RuleError(
-            f"sharding rule {rule!r}: cannot read {rest!r} in {text.strip()!r}; a dimension is a letter, "
-            "`letter!`, `(a b)`, `...` or 1"
-        )
-    for token in _TOKEN.findall(body):
-        names = re.findall(r"[a-z]!?", token)
-        flagged |= {name[0] for name in names if name.endswith("!")}
-        if token == "...":
-            dims.append(token)
-        else:
-            dims.append(tuple(name[0] for name in names))
-    return _Term(tuple(dims), additive, metadata)
-
-
-def own_dimension(text: str, operand: int, factor: str) -> int | None:
-    """Which dimension of an operand a factor is by itself, by the text alone; counted from the end behind `...`."""
-    terms = text.partition("->")[0].split(",")
-    dims = _parse_term(terms[operand], text, set()).dims if operand < len(terms) else ()
-    if (factor,) not in dims:
-        return None
-    at = dims.index((factor,))
-    return at - len(dims) if "..." in dims[:at] else at
-
-
-def parse_rule(text: str, call: OpCall, **extra: Any) -> OpShardingRule:
-    """Read a rule and fit it to the shapes of one call.
-
-    Operands in the text stand for the tensor arguments of the op's schema, in order; arguments that are None are
-    passed over. Sizes come from the shapes; a dimension of size 1 where the factor is larger broadcasts: the operand
-    lacks the factor. Keyword arguments go to `OpShardingRule`.
-
-    Raises:
-        RuleError: the text does not parse, or does not fit the shapes.
-    """
-    left, arrow, right = text.partition("->")
-    if not arrow:
-        raise RuleError(f"sharding rule {text!r} has no '->'")
-    flagged: set[str] = set()
-    terms = [_parse_term(part, text, flagged) for part in left.split(",")]
-    made = [_parse_term(part, text, flagged) for part in right.split(",")]
-    assert isinstance(call.target, OpOverload)
-    names = [a.name for a in call.target._schema.arguments if "Tensor" in str(a.type)]
-    present = [term for term, name in zip(terms, names, strict=False) if name in call.operand_names]
-    results = [spec for spec in call.results if spec is not None]
-    if len(present) != len(call.operands) or len(made) != len(results):
-        raise RuleError(
-            f"sharding rule {text!r} has {len(terms)} operands and {len(made)} results; {call.target} was called with "
-            f"{len(call.operands)} tensors and gave {len(results)}"
-        )
-    bound = [
-        _expand_ellipsis(term, spec, text, call)
-        for term, spec in zip([*present, *made], [*call.operands, *results], strict=True)
-    ]
-    sizes = _solve_sizes(bound, text, call)
-    operands: list[tuple[Dim, ...]] = []
-    produced: list[tuple[Dim, ...]] = []
-    for index, (dims, spec) in enumerate(bound):
-        placed = tuple(
-            () if spec.shape[at] == 1 else tuple(f for f in dim if sizes[f] != 1) for at, dim in enumerate(dims)
-        )
-        (operands if index < len(present) else produced).append(placed)
-    return OpShardingRule(
-        tuple(operands),
-        tuple(produced),
-        sizes,
-        frozenset(flagged),
-        frozenset(i for i, term in enumerate(present) if term.additive),
-        frozenset(i for i, term in enumerate(present) if term.metadata),
-        **extra,
-    )
-
-
-Bound = tuple[tuple[Factors, ...], TensorSpec]
-
-
-def _expand_ellipsis(term: _Term, spec: TensorSpec, text: str, call: OpCall) -> Bound:
-    named = [dim for dim in term.dims if dim != "..."]
-    extra = len(spec.shape) - len(named)
-    if extra < 0 or (extra and "..." not in term.dims):
-        raise RuleError(
-            f"sharding rule {text!r} does not fit {call.target}: a shape of {len(spec.shape)} dimensions, "
-            f"{tuple(map(str, spec.shape))}, for {len(named)}"
-        )
-    dims: list[Factors] = []
-    for dim in term.dims:
-        if dim == "...":
-            dims.extend((f".{extra - index}",) for index in range(extra))
-        else:
-            dims.append(tuple(dim))
-    return tuple(dims), spec
-
-
-def _solve_sizes(bound: Sequence[Bound], text: str, call: OpCall) -> dict[str, Size]:
-    """The size of each factor, from the dimensions in which it is the only unknown."""
-    sizes: dict[str, Size] = {}
-    dims = [(dim, size) for factors, spec in bound for dim, size in zip(factors, spec.shape, strict=True)]
-    wanted = {factor for dim, _ in dims for factor in dim}
-    while True:
-        for dim, size in dims:
-            unknown = [factor for factor in dim if factor not in sizes]
-            if len(unknown) == 1 and (size != 1 or len(dim) > 1):
-                known = product([sizes[f] for f in dim if f in sizes])
-                quotient = exact_quotient(size, known)
-                if quotient is None:
-                    raise RuleError(
-                        f"sharding rule {text!r} does not fit {call.target}: {known} does not divide {size}"
-                    )
-                sizes[unknown[0]] = quotient
-                break
-        else:
-            # A single row may broadcast to a size that another dimension tells; these nothing else tells.
-            ones = {factor for dim, size in dims if size == 1 for factor in dim if factor not in sizes}
-            if not ones:
-                break
-            sizes |= dict.fromkeys(ones, 1)
-    if wanted - set(sizes):
-        raise RuleError(f"sharding rule {text!r}: nothing tells the size of {sorted(wanted - set(sizes))}")
-    for dim, size in dims:
-        if size != 1 and dim and product([sizes[f] for f in dim]) != size:
-            raise RuleError(
-                f"sharding rule {text!r} does not fit {call.target}: {' '.join(dim)} is "
-                f"{product([sizes[f] for f in dim])} in one place and {size} in another"
-            )
-    return sizes

@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 from sp_compile.placement.placements import REPLICATED, Layout, Placement, Segment, Sharded, local_shape
 from sp_compile.rules import rule_for
-from sp_compile.rules.rule import Joined, OpCall, OpSharding, OpShardingRule
+from sp_compile.rules.op_call import OpCall
+from sp_compile.rules.rule import Joined, OpSharding, OpShardingRule
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default

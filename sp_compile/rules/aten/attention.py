@@ -15,8 +15,10 @@ from torch import fx
 
 from ...placement.placements import Sharded, Size, exact_quotient
 from ..dims import fit
+from ..local_op import Body, LocalOp
+from ..op_call import OpCall
 from ..registry import ATTENTION, AttentionRoles, decomposed_when, rule
-from ..rule import Body, Dim, LocalOp, OpCall, OpShardingRule
+from ..rule import Dim, OpShardingRule
 
 aten = torch.ops.aten
 

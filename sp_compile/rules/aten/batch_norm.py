@@ -14,8 +14,10 @@ from torch import fx
 
 from ...placement.placements import Placement, Sharded, Size, exact_quotient, product, size_of
 from ..dims import factors, fit, local_count, plain, with_arguments
+from ..local_op import Body, LocalOp
+from ..op_call import OpCall
 from ..registry import rule
-from ..rule import Body, Dim, LocalOp, OpCall, OpShardingRule, factors_of
+from ..rule import Dim, OpShardingRule, factors_of
 from .reductions import masked_sum, widened_dtype
 
 aten = torch.ops.aten

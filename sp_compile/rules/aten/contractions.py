@@ -11,8 +11,11 @@ from torch import fx
 
 from ...placement.placements import Sharded, Size
 from ..dims import fit
+from ..local_op import Body, LocalOp
+from ..notation import parse_rule
+from ..op_call import OpCall
 from ..registry import rule
-from ..rule import Body, LocalOp, OpCall, OpShardingRule, parse_rule
+from ..rule import OpShardingRule
 
 aten = torch.ops.aten
 

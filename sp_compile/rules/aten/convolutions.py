@@ -18,8 +18,10 @@ from torch import fx
 from ...placement.placements import Sharded, Size, exact_quotient, size_of
 from ..dims import factors, fit, local_count, with_arguments
 from ..halo import rows_read
+from ..local_op import Body, LocalOp
+from ..op_call import OpCall
 from ..registry import rule
-from ..rule import Body, Dim, Halo, LocalOp, OpCall, OpShardingRule
+from ..rule import Dim, Halo, OpShardingRule
 from .contractions import sum_over_ranks
 
 aten = torch.ops.aten

@@ -23,8 +23,10 @@ from torch import fx
 
 from ...placement.placements import Sharded, Size
 from ..dims import fit
+from ..local_op import LocalOp
+from ..op_call import OpCall
 from ..registry import ATTENTION, AttentionRoles, rule
-from ..rule import Dim, LocalOp, OpCall, OpShardingRule
+from ..rule import Dim, OpShardingRule
 from .attention import head_factors
 
 aten = torch.ops.aten

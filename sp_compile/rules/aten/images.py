@@ -7,8 +7,10 @@ from torch import fx
 
 from ...placement.placements import Size, exact_quotient
 from ..dims import factors, fit, local_count, plain, with_arguments
+from ..local_op import Body, LocalOp
+from ..op_call import OpCall
 from ..registry import rule, rules_from_text
-from ..rule import Body, Dim, LocalOp, OpCall, OpShardingRule
+from ..rule import Dim, OpShardingRule
 from .convolutions import HALO, Windows, per_dim
 from .pooling import local_output_size
 

@@ -11,8 +11,9 @@ from dataclasses import replace
 import torch
 
 from ..dims import fit, plain, wrap
+from ..op_call import OpCall
 from ..registry import rule
-from ..rule import Dim, OpCall, OpShardingRule, factors_of
+from ..rule import Dim, OpShardingRule, factors_of
 from .pointwise import pointwise_rule
 
 aten = torch.ops.aten

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..dims import fit, plain, wrap
+from ..op_call import OpCall
 from ..registry import rule
-from ..rule import Dim, OpCall, OpShardingRule
+from ..rule import Dim, OpShardingRule
 
 aten = torch.ops.aten
 

@@ -7,8 +7,10 @@ from torch import fx
 
 from ...placement.placements import Sharded, product
 from ..dims import broadcast_factors, fit, plain
+from ..local_op import Body, LocalOp
+from ..op_call import OpCall
 from ..registry import rule
-from ..rule import Body, Dim, LocalOp, OpCall, OpShardingRule
+from ..rule import Dim, OpShardingRule
 from .reductions import HALF, widened_dtype
 
 aten = torch.ops.aten

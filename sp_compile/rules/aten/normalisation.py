@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..dims import fit, plain
+from ..op_call import OpCall
 from ..registry import rule
-from ..rule import OpCall, OpShardingRule
+from ..rule import OpShardingRule
 from .views import one_whole_dim_rule
 
 aten = torch.ops.aten

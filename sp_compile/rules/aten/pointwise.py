@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 
 from ..dims import broadcast_factors, fit, plain
+from ..op_call import OpCall
 from ..registry import rule
-from ..rule import OpCall, OpShardingRule
+from ..rule import OpShardingRule
 
 aten = torch.ops.aten
 

@@ -10,8 +10,10 @@ from torch import fx
 
 from ...placement.placements import Sharded, Size, exact_quotient, local_shape, product
 from ..dims import factors, fit, plain, with_arguments
+from ..local_op import Body, LocalOp
+from ..op_call import OpCall
 from ..registry import rule, rules_from_text
-from ..rule import Body, Dim, LocalOp, OpCall, OpShardingRule
+from ..rule import Dim, OpShardingRule
 from .convolutions import HALO, Windows, per_dim
 
 aten = torch.ops.aten

@@ -9,8 +9,10 @@ from torch import fx
 
 from ...ops import random_ops
 from ...placement.placements import Sharded
+from ..local_op import LocalOp
+from ..op_call import OpCall
 from ..registry import rule
-from ..rule import LocalOp, OpCall, OpShardingRule
+from ..rule import OpShardingRule
 from .pointwise import pointwise_rule
 
 aten = torch.ops.aten

@@ -9,8 +9,10 @@ from torch import fx
 
 from ...placement.placements import Placement, product, size_of
 from ..dims import fit, plain, wrap
+from ..local_op import Body, LocalOp
+from ..op_call import OpCall
 from ..registry import rule
-from ..rule import Body, Dim, LocalOp, OpCall, OpShardingRule
+from ..rule import Dim, OpShardingRule
 
 aten = torch.ops.aten
 

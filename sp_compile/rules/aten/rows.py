@@ -10,8 +10,10 @@ from torch import fx
 
 from ...placement.placements import Sharded, Size, size_of
 from ..dims import broadcast_factors, fit, plain, wrap
+from ..local_op import LocalOp
+from ..op_call import OpCall
 from ..registry import rule
-from ..rule import Dim, LocalOp, OpCall, OpShardingRule
+from ..rule import Dim, OpShardingRule
 from .views import joined_slice, window_slice
 
 aten = torch.ops.aten

@@ -13,8 +13,10 @@ from torch import fx
 
 from ...placement.placements import Size
 from ..dims import broadcast_factors, fit, plain, wrap
+from ..local_op import Body, LocalOp
+from ..op_call import OpCall
 from ..registry import rule
-from ..rule import Body, Dim, LocalOp, OpCall, OpShardingRule
+from ..rule import Dim, OpShardingRule
 from .contractions import sum_over_ranks
 
 aten = torch.ops.aten

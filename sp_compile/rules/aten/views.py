@@ -10,8 +10,10 @@ from torch import fx
 
 from ...placement.placements import Layout, Sharded, Size, exact_quotient, product, size_of
 from ..dims import broadcast_factors, factors, fit, plain, wrap
+from ..local_op import Body, LocalOp
+from ..op_call import OpCall, TensorSpec
 from ..registry import READS_MEMORY, rule, rules_from_text
-from ..rule import Body, Dim, Joined, LocalOp, OpCall, OpShardingRule, TensorSpec, divide
+from ..rule import Dim, Joined, OpShardingRule, divide
 
 aten = torch.ops.aten
 
