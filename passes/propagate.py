@@ -9,7 +9,7 @@
 Three walks. *Marks* (backward): every value whose dimension becomes the home of a site, or without any site the
 sequence of what else mixes one, with the granule that the views below need. *Homes* (forward): an op follows the shards
 that it is given; where two operands disagree the cheaper conversion wins; an op that needs its home factor whole
-borrows another and returns home at once, or later if that moves less (`sp_compile.borrowers`). *Sites*: what lies
+borrows another and returns home at once, or later if that moves less (`planning.borrowers`). *Sites*: what lies
 between two contractions borrows the heads as one region (Ulysses), or keeps its queries and takes K and V whole
 (all-gather-KV) or as they are (local), whichever takes the fewest seconds of a step; a tie stays home. What cannot be
 sharded runs on whole values, and is written down as a fallback.

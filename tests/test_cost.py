@@ -1,4 +1,4 @@
-"""The bytes of a plan are those of the formulas (DESIGN, "What a layer moves"); its FLOPs and its memory by hand."""
+"""The bytes of a plan are those of the formulas in docs/design.md; its FLOPs and its memory those counted by hand."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ The first two are conjugate, and the last two (Megatron's g and f: Korthikanti e
 all_to_all is that of the exchange back (DeepSpeed Ulysses: Jacobs et al. 2023). Each backward is
 written in the conjugate op, and so can be differentiated again.
 
-A layout is `dim, outer, sizes, granules`, as in `sharding.Sharded`, and `windows` of rows that are
+A layout is `dim, outer, sizes, granules`, as in `placements.Sharded`, and `windows` of rows that are
 gone: `[before, after, ...]`, two for each segment, or none. Sizes are global and may be symbolic:
 nothing here asks whether P divides one of them, unless they are plain ints.
 """

@@ -1,6 +1,7 @@
 """What a graph moves, computes and holds: bytes received per rank, floating-point operations, peak bytes; its price.
 
-Received, own block and padding excluded, for a value of `n` bytes in all on P ranks (DESIGN, "What a layer moves"):
+Received, own block and padding excluded, for a value of `n` bytes in all on P ranks (see also "What a layer moves" in
+docs/design.md):
 
     all_to_all                  n (P - 1) / P^2      from one dimension to another
     all_to_all_kv               m n / G (P - 1) / P  m of G KV heads, as many as the neediest rank reads
@@ -153,7 +154,7 @@ class SiteSizes:
 
 
 def attention_bytes(site: SiteSizes, parts: int) -> dict[str, int]:
-    """What each rank receives for a site by each strategy, forward (DESIGN, "What a layer moves")."""
+    """What each rank receives for a site by each strategy, forward (see the module)."""
     others = (parts - 1) / parts
     share = 1 / parts
     if site.kv_heads not in (0, site.heads) and site.kv_heads % parts:

@@ -1,7 +1,7 @@
 """An op on P ranks by brute force: cut the operands, run the op on each rank, and compare with the whole op.
 
 Ranks are simulated in the plainest way: a value is a list of P tensors, and a collective an autograd Function over that
-list. What is compared are values and gradients, in float64, under the gradient convention of DESIGN.md.
+list. What is compared are values and gradients, in float64, under the law of gradients of docs/design.md.
 """
 
 from __future__ import annotations
