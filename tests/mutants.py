@@ -30,6 +30,7 @@ import sp_compile  # noqa: F401  (registers everything that is patched here)
 from sp_compile.ops import sp_ops as ops
 from sp_compile.ops.exchange import Exchange, GatherReturn, KVHeads
 from sp_compile.ops.transport import as_before
+from sp_compile.passes.insert_collectives import bodies, conversions, rewriter
 from sp_compile.placement.placements import Sharded
 from sp_compile.placement.sharded_dim import ShardedDim
 from sp_compile.rules import grouped, halo, registry
@@ -38,7 +39,6 @@ from sp_compile.rules.op_call import OpCall
 from sp_compile.rules.rule import OpShardingRule
 
 aten = torch.ops.aten
-writer: Any = sys.modules["sp_compile.passes.insert_collectives"]
 grouping: Any = sys.modules["sp_compile.passes.outline_experts"]
 
 TESTS = [
@@ -362,27 +362,27 @@ def _() -> AbstractContextManager[Any]:
 
 @mutant("no replicate after an all-gather")
 def _() -> AbstractContextManager[Any]:
-    replicate = writer._Writer.replicate
+    replicate = conversions.Conversions.replicate
 
     def only_inputs(self: Any, value: fx.Node) -> fx.Node:
         gathered = isinstance(self.plan.placement(value), Sharded)
-        result: fx.Node = self.convert(value, writer.REPLICATED) if gathered else replicate(self, value)
+        result: fx.Node = self.convert(value, conversions.REPLICATED) if gathered else replicate(self, value)
         return result
 
-    return patch.object(writer._Writer, "replicate", only_inputs)
+    return patch.object(conversions.Conversions, "replicate", only_inputs)
 
 
 @mutant("no replicate after an all-reduce")
 def _() -> AbstractContextManager[Any]:
-    replicate = writer._Writer.replicate
+    replicate = conversions.Conversions.replicate
 
     def but_of_sums(self: Any, value: fx.Node) -> fx.Node:
         plan = self.plan.nodes.get(value)
         summed = plan is not None and plan.sharding is not None and not isinstance(plan.delivered[0], Sharded)
-        result: fx.Node = self.convert(value, writer.REPLICATED) if summed else replicate(self, value)
+        result: fx.Node = self.convert(value, conversions.REPLICATED) if summed else replicate(self, value)
         return result
 
-    return patch.object(writer._Writer, "replicate", but_of_sums)
+    return patch.object(conversions.Conversions, "replicate", but_of_sums)
 
 
 @mutant("padded rows not zeroed in the backward of an all-to-all")
@@ -400,12 +400,12 @@ def _() -> AbstractContextManager[Any]:
 
 @mutant("no padding mask on sums")
 def _() -> AbstractContextManager[Any]:
-    return patch.object(writer._GraphOp, "mask_padding", lambda self, value, placement, fill: value)
+    return patch.object(bodies.RankOp, "mask_padding", lambda self, value, placement, fill: value)
 
 
 @mutant("conversions shared across _set_grad_enabled")
 def _() -> AbstractContextManager[Any]:
-    return patch.object(writer, "_has_value", lambda node: True)
+    return patch.object(rewriter, "has_value", lambda node: True)
 
 
 @mutant("a rank's block off by one granule")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from sp_compile import sp_backend
 from sp_compile.ops.sp_ops import all_gather, all_to_all
+from sp_compile.passes.insert_collectives import outputs
 from sp_compile.tools.comparison import relative_error
 
 from .gloo_pool import GlooPool
@@ -166,8 +166,7 @@ def test_rows_that_stay_sharded_are_written_to(gloo2: GlooPool, inner: str, leng
 
 def without_memory_of_their_own() -> dict[str, float]:
     """The other outputs as views of a gathered value, whatever that is a view of."""
-    module = importlib.import_module("sp_compile.passes.insert_collectives")
-    with patch.object(module, "_in_memory_of_its_own", lambda writer, whole: whole):
+    with patch.object(outputs, "_in_memory_of_its_own", lambda writer, whole: whole):
         return errors("aot_eager", 8, ["of_no_attention"])
 
 
