@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sp_compile import RewrittenGraph, rewritten_graphs
+from sp_compile.placement.placements import REPLICATED, Sharded
 from sp_compile.runtime.records import unsharded_graphs
 from sp_compile.tools.comparison import Step, compare, step
 from sp_compile.tools.verify import first_divergence_of, run_alone
@@ -26,6 +27,7 @@ __all__ = [
     "run_simulated",
     "step",
     "tokens",
+    "unsummed",
 ]
 
 
@@ -88,7 +90,39 @@ def assert_equivalent(
         found, _ = first_divergence_of(program, parts, settings, dynamic, written, tolerance)
         raise AssertionError(f"P={parts}: {wrong}\n{found}")
     assert graphs or not must_shard, "nothing was sharded"
+    assert not [edge for graph in graphs for edge in unsummed(graph)]
     return graphs
+
+
+SUMMED = (torch.ops.sp.replicate.default, torch.ops.sp.scale_gradient.default)
+"""What has the gradient of a replicated value summed over the ranks, by us or by the DDP of the user."""
+
+
+def unsummed(graph: RewrittenGraph) -> list[str]:
+    """The edges that break the law of gradients.
+
+    A replicated value that takes a gradient, on its way into work sharded on a factor which it lacks, has to pass one
+    of `SUMMED`: each rank has a term of its gradient. What is added to a sum over ranks is added once, with all of it.
+    """
+    rules, plan, sharded, found = graph.rules, graph.plan, graph.planned.unpacked, []
+    assert sharded is not None
+    whole = {name: value for name, value, placement in sharded.values if placement == REPLICATED}
+    captured = {node.name: node for node in rules.graph.nodes}
+    for node in sharded.graph_module.graph.nodes:
+        source = captured.get(sharded.origins.get(node.name, ""))
+        own, rule = (plan.nodes.get(source), rules.rule(source)) if source is not None else (None, None)
+        if own is None or own.sharding is None or rule is None or getattr(node.target, "namespace", "") == "sp":
+            continue
+        once = rule.additive if not any(isinstance(each, Sharded) for each in own.results()) else frozenset()
+        operands = enumerate(own.sources.get(at, value) for at, value in enumerate(rules.operands(source)))
+        lacking = [v for at, v in operands if own.operand(at) == REPLICATED and at not in once | rule.metadata]
+        found += [
+            f"{given} -> {node}"
+            for given in node.all_input_nodes
+            if captured.get(whole.get(given.name, "")) in rules.trained.intersection(lacking)
+            and given.target not in SUMMED
+        ]
+    return found
 
 
 def gradient_errors(expected: nn.Module, got: nn.Module) -> dict[str, float]:

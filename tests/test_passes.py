@@ -20,11 +20,12 @@ from sp_compile.ir.effects import SDPA_BACKENDS, has_effect
 from sp_compile.ir.graph import GraphRules
 from sp_compile.ir.plan import ShardingPlan
 from sp_compile.passes import find_attention, find_mixers, insert_collectives, outline_experts, propagate
+from sp_compile.passes.insert_collectives.conversions import Conversions
 from sp_compile.placement.placements import REPLICATED, Sharded, whole_layout
 from sp_compile.rules import stays_whole
 from sp_compile.tools.simulation import fake_world, on_rank, simulate
 
-from .equivalence import assert_equivalent
+from .equivalence import assert_equivalent, compared, tokens, unsummed
 from .programs import Parts
 from .programs.experts import USES, ends_of, grouped, routed
 
@@ -437,3 +438,13 @@ def test_what_has_an_effect_stays_where_experts_are_outlined() -> None:
     assert outline_experts(module, rules)
     (experts,) = module.graph.find_nodes(op="call_module", target="grouped_rows_0")
     assert [node.target for node in module.graph.nodes if has_effect(node) and node is not experts] == before
+
+
+def test_an_edge_without_replicate_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = [tokens(1, 9, 12)]
+    (graph,) = assert_equivalent(Parts(Parts.block), args, parts=2)
+    assert not unsummed(graph)
+    monkeypatch.setattr(Conversions, "_replicated", lambda self, value: self.convert(value, REPLICATED))
+    _, (graph,) = compared(Parts(Parts.block), args, parts=2)
+    broken = unsummed(graph)
+    assert len(broken) == 16 and broken[0] == "norm_weight -> layer_norm"
