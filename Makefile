@@ -42,7 +42,7 @@ faults: $(INSTALLED)
 	$(BIN)/python -m tests.faults
 
 soak: $(INSTALLED)
-	$(BIN)/python -m tests.soak
+	$(BIN)/python -m tests.commands.soak
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Blocks of Flux, SD3 and Wan move by `sp_backend` no more than by hand (`tests/blocks.py`)."""
+"""Blocks of Flux, SD3 and Wan move by `sp_backend` no more than by hand (`tests/commands/blocks.py`)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from . import blocks
-from .blocks import BLOCKS, CASES, HEAD, IMAGE, SD3, TEXT, Launch, Moved, inputs_of, moved_by_hand, moved_by_us
+from .commands import blocks
+from .commands.blocks import BLOCKS, CASES, HEAD, IMAGE, SD3, TEXT, Launch, Moved, inputs_of, moved_by_hand, moved_by_us
 from .equivalence import step
 
 ITEM = 8

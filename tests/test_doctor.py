@@ -17,8 +17,8 @@ from sp_compile.ops import sp_ops as ops
 from sp_compile.placement.sharded_dim import ShardedDim
 from sp_compile.tools.doctor import CHECKS, Diagnosis, doctor
 
+from .commands.mutants import MUTANTS
 from .gloo_pool import GlooPool
-from .mutants import MUTANTS
 
 
 def test_every_op_is_tested() -> None:

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 from sp_compile import functional as F
 from sp_compile.distributed.group import get_sequence_parallel_rank
 from sp_compile.errors import SequenceParallelError
+from tests.commands.mutants import MUTANTS
 from tests.gloo_pool import GlooPool
-from tests.mutants import MUTANTS
 from tests.test_examples import run
 from tests.test_functional import DTYPES, SIZES, Call, calls, leaves, whole_model
 from tests.test_ops import assert_same

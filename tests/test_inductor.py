@@ -20,8 +20,8 @@ from sp_compile import sp_backend
 from sp_compile.runtime import inductor
 from sp_compile.runtime.inductor import PUT_OFF, put_work_under_collectives
 
+from .commands.overlap import Parallel
 from .gloo_pool import GlooPool
-from .overlap import Parallel
 
 Reorder = Callable[[list["Node"]], list["Node"]]
 

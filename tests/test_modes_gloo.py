@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from sp_compile import replicated_region, rewritten_graphs, sp_backend
 
+from .commands.mutants import MUTANTS
 from .equivalence import gradient_errors, known_graphs, rewritten_since
 from .gloo_pool import GlooPool
-from .mutants import MUTANTS
 from .test_passes import Block
 
 pytestmark = pytest.mark.slow

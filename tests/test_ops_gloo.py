@@ -13,8 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from sp_compile.distributed.group import get_sequence_parallel_rank
 from tests import test_ops
+from tests.commands.mutants import MUTANTS
 from tests.gloo_pool import GlooPool
-from tests.mutants import MUTANTS
 from tests.test_ops import CASES, DTYPES, MOVES, Checked, assert_same, group_name
 
 pytestmark = pytest.mark.slow

@@ -12,9 +12,9 @@ import torch
 
 from sp_compile import sp_backend
 
+from .commands.mutants import MUTANTS
 from .equivalence import differences, known_graphs, rewritten_since, step
 from .gloo_pool import GlooPool
-from .mutants import MUTANTS
 from .programs import PROGRAMS, Program
 from .programs.table import X
 from .test_states import Kept, averaged_rows

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from sp_compile import sp_backend
 
+from .commands.mutants import MUTANTS
 from .equivalence import differences, step
 from .gloo_pool import GlooPool
-from .mutants import MUTANTS
 from .programs import Parts
 from .test_passes import Block
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
 
+from .commands.mutants import MUTANTS
 from .fuzz.outcomes import INVALID, RAISES, WRONG, simulated
 from .fuzz.programs import Differs, Draw, Ends, RandomProgram, programs
-from .mutants import MUTANTS
 
 
 @settings(

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .commands.mutants import tampering, with_bodies
 from .equivalence import assert_equivalent, compared
-from .mutants import tampering, with_bodies
 from .programs import moved
 
 aten = torch.ops.aten

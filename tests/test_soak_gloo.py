@@ -1,11 +1,11 @@
-"""A short `python -m tests.soak`."""
+"""A short `python -m tests.commands.soak`."""
 
 from __future__ import annotations
 
 import pytest
 
+from .commands.soak import growth, long_run
 from .gloo_pool import GlooPool
-from .soak import growth, long_run
 
 pytestmark = pytest.mark.slow
 

@@ -19,8 +19,8 @@ from sp_compile import RewrittenGraph, rewritten_graphs, sp_backend
 from sp_compile.runtime.records import unsharded_graphs
 from sp_compile.tools.simulation import simulate
 
+from .commands.mutants import MUTANTS
 from .equivalence import assert_equivalent, compared, differences, known_graphs, rewritten_since, step, tokens
-from .mutants import MUTANTS
 from .programs import Parts
 
 Body = Callable[..., Any]

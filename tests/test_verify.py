@@ -38,7 +38,7 @@ from sp_compile.tools.divergence import Divergence
 from sp_compile.tools.simulation import fake_world, simulate
 from sp_compile.tools.verify import first_divergence_of, run_alone
 
-from .mutants import MUTANTS, with_bodies
+from .commands.mutants import MUTANTS, with_bodies
 from .programs import PROGRAMS, Parts, Program
 from .tensor_kinds import KINDS, Named
 

@@ -12,7 +12,7 @@ import torch
 
 from sp_compile import RewrittenGraph
 
-from .coverage import measure
+from .commands.coverage import measure
 from .equivalence import Step, differences, step
 from .zoo import ZOO, Model, build, run_on_ranks, tokens
 

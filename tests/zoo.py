@@ -2,7 +2,7 @@
 
 Every Hugging Face model comes with SDPA and, where the library allows, with eager attention; those that have no
 attention, or only their own, are called eager. A length is a number of tokens; of an image, its side in pixels, and of
-a latent one, in patches. `tests/test_zoo.py` compares them with one device, `python -m tests.coverage` prints what of
+a latent one, in patches. `tests/test_zoo.py` compares them with one device, `tests/commands/coverage.py` prints what of
 them ran sharded.
 """
 

@@ -15,8 +15,8 @@ from sp_compile import sp_backend
 from sp_compile.tools.comparison import Step, compare, step
 from sp_compile.tools.verify import run_alone
 
+from ..commands.mutants import MUTANTS
 from ..gloo_pool import GlooPool, RankDied, RankTimeout, collect_rarely
-from ..mutants import MUTANTS
 from .programs import Differs, RandomProgram, Undecided, programs
 
 RIGHT, INVALID, TORCH = "right", "not valid on one device", "wrong or refused by plain torch.compile too"

@@ -7,18 +7,7 @@ from collections import defaultdict
 import torch
 from torch._ops import OpOverload
 
-from . import (
-    attention,
-    contractions,
-    images,
-    linalg,
-    losses,
-    normalisation,
-    pointwise,
-    reductions,
-    rows,
-    views,
-)
+from . import attention, contractions, images, linalg, losses, normalisation, pointwise, reductions, rows, views
 from .brute_force import Case
 
 FAMILIES = (

@@ -1,4 +1,4 @@
-"""Whether a long run stays as it is: `python -m tests.soak [--steps N]`, two ranks, 30 lengths, Inductor.
+"""Whether a long run stays as it is: `python -m tests.commands.soak [--steps N]`, two ranks, 30 lengths, Inductor.
 
 A row for every hundred steps and rank: resident memory, file descriptors, threads, keys in the store, live tensors, and
 graphs compiled. After the lengths have been seen for the first time all of them should be flat.
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from sp_compile import sp_backend
 
-from .equivalence import known_graphs, rewritten_since
-from .gloo_pool import GlooPool
-from .test_passes import Block
+from ..equivalence import known_graphs, rewritten_since
+from ..gloo_pool import GlooPool
+from ..test_passes import Block
 
 LENGTHS = 30
 EVERY = 100

@@ -1,4 +1,4 @@
-"""Every architecture that Hugging Face has for a task, once: `python -m tests.sweep [task] [--parts P] [model ...]`.
+"""Every architecture that Hugging Face has for a task, once: `python -m tests.commands.sweep [task] [model ...]`.
 
 Far more than the zoo, and nobody chose the models. Each is made tiny, as far as its configuration has the usual names,
 and takes one step, of 67 tokens with the last of them masked where it reads text. `verify` compares: on every simulated
@@ -30,7 +30,7 @@ from transformers.models.auto import configuration_auto, modeling_auto
 
 from sp_compile import VerificationError, rewritten_graphs, verify
 
-from .zoo import configured, random, tokens
+from ..zoo import configured, random, tokens
 
 TASKS: Mapping[str, Mapping[str, Any]] = {
     "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,

@@ -1,4 +1,4 @@
-"""What of each model of the zoo ran sharded: `python -m tests.coverage [--markdown] [--why] [--overloads] [model …]`.
+"""What of each model of the zoo ran sharded: `python -m tests.commands.coverage [model …]`.
 
 On 2 simulated ranks, with at least 64 tokens a rank. Coverage is the share of the forward's floating-point operations
 (`sp_compile.planning.cost`) that the ranks divide among them; work in a graph that was not captured, or outside of
@@ -32,8 +32,8 @@ from sp_compile.planning.cost import Collective, contraction_flops, flops, peak_
 from sp_compile.rules.registry import has_rule
 from sp_compile.runtime.records import UnshardedGraph, unsharded_graphs
 
-from .equivalence import differences, step
-from .zoo import ZOO, Model, build, run_on_ranks
+from ..equivalence import differences, step
+from ..zoo import ZOO, Model, build, run_on_ranks
 
 PARTS = 2
 
@@ -251,7 +251,7 @@ def overloads(results: Iterable[Coverage]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.coverage", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.commands.coverage", description=__doc__)
     parser.add_argument("models", nargs="*", metavar="model", help="all, unless named")
     parser.add_argument("--markdown", action="store_true", help="the table as the README has it")
     parser.add_argument("--why", action="store_true", help="what was not sharded, and what was gathered")

@@ -1,4 +1,4 @@
-"""What the four models move: `python -m tests.report`, on simulated ranks.
+"""What the four models move: `python -m tests.commands.report`, on simulated ranks.
 
 One table a model: each kind of collective of one forward, with its count and the bytes that each rank receives.
 """
@@ -10,8 +10,8 @@ from collections import defaultdict
 import torch
 from tabulate import tabulate
 
-from .equivalence import differences, run_simulated, step
-from .models import MODELS, inputs_of
+from ..equivalence import differences, run_simulated, step
+from ..models import MODELS, inputs_of
 
 
 def kind(name: str) -> str:

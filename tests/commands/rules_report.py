@@ -1,4 +1,4 @@
-"""What has to be whole, and why: `python -m tests.rules_report`.
+"""What has to be whole, and why: `python -m tests.commands.rules_report`.
 
 First the overloads that a smarter local body would shard (`until`), then those that are whole by what they compute
 (`because`), with the factors of one sample call.
@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from sp_compile.rules.registry import _RULES, _WHOLE
 from sp_compile.rules.rule import OpShardingRule, factors_of
 
-from .rules import CASES
+from ..rules import CASES
 
 
 def text_of(rule: OpShardingRule) -> str:

@@ -1,4 +1,4 @@
-"""What the guard costs: `python -m tests.guard_cost [--rounds N]`, steps of two gloo ranks with it and without.
+"""What the guard costs: `python -m tests.commands.guard_cost`, steps of two gloo ranks with it and without.
 
 The same model is compiled once for each setting of the option `guards`, in one run; the settings take turns, a step
 each, so that what else the machine does falls on all alike. The cost is the median over rounds of the difference to the
@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sp_compile import sp_backend
 
-from .gloo_pool import GlooPool
-from .test_passes import Block
+from ..gloo_pool import GlooPool
+from ..test_passes import Block
 
 SETTINGS = ("off", "shapes", "on")
 

@@ -1,10 +1,10 @@
 """What programs and models are rewritten to, as text: held against what they were before a change.
 
-    python -m tests.pinned write FILE       every program of the table on 2, 3 and 4 ranks, every model of the zoo on 2
-    python -m tests.pinned against FILE     the same, and each text that is another one as a diff; exits with 1 then
+    python -m tests.commands.pinned write FILE       keep the texts
+    python -m tests.commands.pinned against FILE     print each text that is another one as a diff, and exit with 1
 
-Nothing is computed in earnest: the ranks are those of torch's fake process group, which moves no data. `--parts` and a
-part of a name choose among them.
+Of every program of the table on 2, 3 and 4 ranks, and of every model of the zoo on 2. Nothing is computed in earnest:
+the ranks are those of torch's fake process group, which moves no data. `--parts` and parts of names choose among them.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from sp_compile import init_sequence_parallel, rewritten_graphs, sp_backend
 from sp_compile.runtime.records import unsharded_graphs
 from sp_compile.tools.simulation import bare, fake_world
 
-from .gloo_pool import collect_rarely
-from .programs import PROGRAMS
-from .zoo import ZOO, build
+from ..gloo_pool import collect_rarely
+from ..programs import PROGRAMS
+from ..zoo import ZOO, build
 
 Case = tuple[str, int]
 """The name of a program, or that of a model with its attention, and P."""
@@ -98,7 +98,7 @@ def prepare() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.pinned", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.commands.pinned", description=__doc__)
     parser.add_argument("mode", choices=["write", "against"])
     parser.add_argument("file", type=Path)
     parser.add_argument("names", nargs="*", help="parts of names (all)")

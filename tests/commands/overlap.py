@@ -1,4 +1,4 @@
-"""How much of the communication of a training step is hidden: `python -m tests.overlap [--latency MS] [--mib-s N]`.
+"""How much of the communication of a training step is hidden: `python -m tests.commands.overlap`.
 
 Two gloo ranks of one thread on a transport of artificial latency and bandwidth (`tests.slow_transport`), Inductor as
 inner backend. Models: a Llama, whose exchanges have little beside them, and parallel blocks as Flux has them in one
@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sp_compile import sp_backend
 
-from .gloo_pool import GlooPool
-from .slow_transport import slow_transport
+from ..gloo_pool import GlooPool
+from ..slow_transport import slow_transport
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "each gradient by itself, waits where they stand": {"overlap": False, "gradient_bucket_mb": 0},

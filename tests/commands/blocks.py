@@ -1,4 +1,4 @@
-"""What blocks of diffusion transformers move, by `sp_backend` and by hand: `python -m tests.blocks`, simulated ranks.
+"""What blocks of diffusion transformers move, by `sp_backend` and by hand: `python -m tests.commands.blocks`.
 
 Blocks of Flux, SD3 and Wan as diffusers has them, with 13 tokens of text beside 140 of an image or a video. By hand
 they keep their code, but get my rows of both streams, each cut along its own sequence, and processors of their own:
@@ -37,7 +37,7 @@ from sp_compile.functional import gather_heads_scatter_seq, gather_outputs, gath
 from sp_compile.placement.placements import block_rows
 from sp_compile.tools.simulation import simulate
 
-from .equivalence import Step, differences, step
+from ..equivalence import Step, differences, step
 
 TEXT, IMAGE, HEAD, DEPTH = 13, 140, 8, 2
 CASES = ((4, 2), (4, 4), (6, 4))

@@ -1,7 +1,7 @@
-"""Break the library on purpose, one thing at a time; the tests have to notice: `python -m tests.mutants [name ...]`.
+"""Break the library on purpose, one thing at a time; tests have to notice: `python -m tests.commands.mutants [name]`.
 
 A mutant is a context manager that patches the library in memory. The tests of each run in a pytest of their own, into
-which this module is loaded as a plugin (`-p tests.mutants`) that enters the mutant named by SP_MUTANT, in every worker.
+which this module is loaded as a plugin (`-p`) that enters the mutant named by SP_MUTANT, in every worker.
 Exits with an error if a mutant survives, or if a test fails with nothing broken.
 """
 
@@ -533,7 +533,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def run(name: str, programs: str, first: bool) -> tuple[Counter[str], int, float]:
     """The failures by test file, the number of tests, and the seconds, with this mutant ("": none)."""
-    command = [sys.executable, "-m", "pytest", "-p", "tests.mutants", "-p", "no:cacheprovider", "-n", "2", "-q"]
+    plugins = ["-p", "tests.commands.mutants", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *plugins, "-n", "2", "-q"]
     command += ["--tb=no", "-rfE", "--show-capture=no", "-m", "not full", "-k", SLOWER, *TESTS]
     command += ["--maxfail", "1"] if first else []
     started = time.monotonic()
