@@ -253,21 +253,24 @@ def test_where_nothing_is_mixed_nothing_is_found() -> None:
     assert not find_mixers(rules)
 
 
-class Conv(nn.Module):
-    """A depthwise convolution over the tokens before attention."""
+class Scanned(nn.Module):
+    """A cumulative sum over the tokens before attention, between norms that need the channels whole."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.block = Block()
+        self.first, self.block = nn.Linear(12, 12), Block()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block(x + x.cumsum(1))
+        return self.block(F.layer_norm(F.layer_norm(self.first(x), (12,)).cumsum(1), (12,)))
 
 
 def test_an_op_that_needs_the_sequence_borrows_the_channels_and_returns() -> None:
-    plan = plan_of(Conv(), heads(1, 9, 12).sin())
-    (node,) = (n for n in plan.nodes if n.name.startswith("cumsum"))
-    assert plan.placement(node) in (Sharded(1, whole_layout(9)), REPLICATED)
+    plan = plan_of(Scanned(), heads(1, 9, 12))
+    placed = {node.name: own for node, own in plan.nodes.items()}
+    tokens, channels = Sharded(1, whole_layout(9)), Sharded(2, whole_layout(12))
+    assert placed["layer_norm"].results() == (tokens,)
+    assert placed["cumsum"].operand(0) == channels == placed["cumsum"].results()[0]
+    assert placed["layer_norm_1"].operand(0) == tokens
     assert not plan.fallbacks
 
 
