@@ -27,9 +27,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import BatchEncoding
 from transformers.modeling_outputs import BaseModelOutput
 
-from sp_compile import data, init_sequence_parallel
+from sp_compile import data, init_sequence_parallel, sharded_input
 from sp_compile.data import SPDistForward, check_same_inputs, sync_data, sync_inputs
-from sp_compile.distributed import sharded_input, words
+from sp_compile.distributed import words
 from sp_compile.distributed.group import (
     get_data_group,
     get_sequence_parallel_group,

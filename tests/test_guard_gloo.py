@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
-from sp_compile import backend, destroy_sequence_parallel, init_sequence_parallel, sp_backend
-from sp_compile.distributed import sharded_input
+from sp_compile import backend, destroy_sequence_parallel, init_sequence_parallel, sharded_input, sp_backend
 from sp_compile.guards import groups as guards
 from sp_compile.guards import guard
 from sp_compile.guards.guarded_graph import GuardedGraph

@@ -17,10 +17,10 @@ from sp_compile import (
     get_sequence_parallel_rank,
     get_sequence_parallel_world_size,
     rewritten_graphs,
+    sharded_input,
     sharded_inputs,
     sp_backend,
 )
-from sp_compile.distributed import sharded_input
 from sp_compile.errors import DataError
 from sp_compile.tools.comparison import relative_error
 from sp_compile.tools.simulation import on_rank, simulate

@@ -21,10 +21,11 @@ from sp_compile import (
     get_sequence_parallel_group,
     init_sequence_parallel,
     measure_links,
+    sharded_input,
     sp_backend,
 )
 from sp_compile.data import check_same_inputs, sync_data, sync_inputs
-from sp_compile.distributed import group, sharded_input
+from sp_compile.distributed import group
 from sp_compile.tools.doctor import self_test
 
 from . import gloo_pool
