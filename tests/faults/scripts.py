@@ -47,6 +47,7 @@ def stop() -> None:
 
 
 def interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has the jobs in its background ignore it
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(0.1)  # Python runs the handler
 
