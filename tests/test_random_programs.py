@@ -47,6 +47,9 @@ FOUND = {
     "no row before a cut that is a symbol": SMALL._replace(
         steps=[Draw("swapped_halves", 0, 2, 0), Draw("block", 0, 1, 3, "break")], dynamic=True, trained=False
     ),
+    "no row before it, and its gradient": SMALL._replace(
+        steps=[Draw("class_tokens", 0, 3, 1, "break"), Draw("swapped_halves", 1, 1, 0)], parts=4, dynamic=True
+    ),
 }
 
 

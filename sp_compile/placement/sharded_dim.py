@@ -127,7 +127,10 @@ class ShardedDim(NamedTuple):
     def cut(self, x: Tensor, ranks: Tensor, parts: int, zero: bool) -> Tensor:
         """`[.., outer * s, ..]` -> `[.., n * outer * local, ..]`: the parts of `ranks` `[n]`."""
         rows, real = self.owned_rows(ranks, parts)
-        x = x.index_select(self.dim, rows)
+        if self.windows and not any(isinstance(size, int) and size > 0 for size in self.sizes):
+            # There may be no row to pad with: blocks have the rows, too, that a window leaves out.
+            x = torch.cat([x, x.new_zeros(*x.shape[: self.dim], 1, *x.shape[self.dim + 1 :])], self.dim)
+        x = x.index_select(self.dim, rows.clamp(min=0) if self.windows else rows)
         return fill_rows(x, self.dim, real) if zero and not self.is_even(parts) else x
 
     def cut_for_all(self, x: Tensor, parts: int, zero: bool) -> Tensor:
