@@ -26,7 +26,7 @@ from .distributed.group import current_epoch, cuts_graphs_for_ddp, rank_tensor, 
 from .distributed.sharded_input import ShardedInput
 from .errors import CaptureError, ConfigurationError, FallbackError
 from .guards.groups import guard_of
-from .guards.guarded_graph import guard_graph, telling_of_failure
+from .guards.guarded_graph import GraphToAgreeOn, guard_graph, telling_of_failure
 from .guards.watch import compiling
 from .pipeline import PlannedGraph, plan_graph
 from .runtime.inner_backend import Compiled, cache_key_tag, compile_inner, compile_local
@@ -143,16 +143,11 @@ def _compile(
     if planned is None or planned.sharded is None or rewritten is None:
         return compile_inner(config, gm, example_inputs)
     sharded, rank = planned.sharded, rank_tensor(group, _device(example_inputs))
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    graph = GraphToAgreeOn(rewritten.name, str(rewritten), rewritten.rewritten, placeholders, example_inputs)
     with torch.compiler.config.patch(cache_key_tag=cache_key_tag(name, group.size())):  # type: ignore[attr-defined]
         inner = guard_graph(
-            guard,
-            config,
-            rewritten.name,
-            str(rewritten),
-            rewritten.rewritten,
-            gm.graph.find_nodes(op="placeholder"),
-            example_inputs,
-            lambda: compile_local(config, sharded.graph_module, [*example_inputs, rank]),
+            guard, config, graph, lambda: compile_local(config, sharded.graph_module, [*example_inputs, rank])
         )
     leave = leaving(sharded.outputs, group, config.group)
     return lambda *args: leave(inner(*args, rank))

@@ -154,14 +154,14 @@ class Stream(nn.Module):
         return out
 
 
-def stream_errors(kind: str, parts: int, dim: int = 1, length: int = 7) -> float:
+def stream_errors(kind: str, parts: int, dim: int = 1, length: int = 7, **options: Any) -> float:
     model = Stream(kind).double()
     x = torch.randn(3, length, 12, dtype=torch.double, requires_grad=True)
     expected = model(x)
     wanted = torch.autograd.grad(expected.square().sum(), [x, *model.parameters()], allow_unused=True)
     with simulate(parts):
         rows = LocalTensor({rank: rows_of(x.detach(), dim, rank, parts) for rank in range(parts)}).requires_grad_()
-        out = compiled(model)(sharded_input(rows, dim, x.shape[dim]))
+        out = compiled(model, **options)(sharded_input(rows, dim, x.shape[dim]))
         got = torch.autograd.grad(out.square().sum(), [rows, *model.parameters()], allow_unused=True)
         errors = []
         for rank in range(parts):
@@ -176,6 +176,12 @@ def stream_errors(kind: str, parts: int, dim: int = 1, length: int = 7) -> float
 @pytest.mark.parametrize("parts", [2, 3, 5])
 def test_gradients_arrive_at_the_rows(kind: str, parts: int) -> None:
     assert stream_errors(kind, parts) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["block", "cumsum"])
+@pytest.mark.parametrize("skip", [["find_attention"], ["find_attention", "find_mixers", "pack_exchanges"]])
+def test_rows_are_gathered_right_where_passes_are_left_out(kind: str, skip: list[str]) -> None:
+    assert stream_errors(kind, 3, skip=skip) < 1e-12
 
 
 @pytest.mark.parametrize("dim", [0, 2])

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -37,27 +37,32 @@ _CALL, _BACKWARD = 1, 2
 _PLACE = re.compile(r"^# (.*)$", re.MULTILINE)
 
 
+@dataclass(frozen=True)
+class GraphToAgreeOn:
+    """What ranks have to agree on of a rewritten graph."""
+
+    name: str
+    text: str
+    module: fx.GraphModule
+    """What the text is of."""
+    inputs: Sequence[fx.Node]
+    """The placeholders of the Dynamo graph, and what it was traced with."""
+    example_inputs: Sequence[Any]
+
+
 class GuardedGraph:
     """A rewritten graph whose calls are events."""
 
-    def __init__(
-        self,
-        guard: Guard,
-        config: SequenceParallelConfig,
-        name: str,
-        text: str,
-        module: fx.GraphModule,
-        inputs: Sequence[fx.Node],
-        example_inputs: Sequence[Any],
-    ) -> None:
+    def __init__(self, guard: Guard, config: SequenceParallelConfig, graph: GraphToAgreeOn) -> None:
         self._guard, self._config = guard, config
+        module, example_inputs = graph.module, graph.example_inputs
         bodies = [each for each in module.modules() if isinstance(each, fx.GraphModule) and each is not module]
-        self._plan = "\n".join([text, *map(format_graph, bodies)])
+        self._plan = "\n".join([graph.text, *map(format_graph, bodies)])
         self._options = _comparable(config)
         place = _PLACE.search(self._plan)
-        self._graph = f"{name} ({place[1]})" if place else name
-        self._names = [_name(node) for node in inputs]
-        self._kinds = [_kind(*each) for each in zip(inputs, example_inputs, strict=True)]
+        self._graph = f"{graph.name} ({place[1]})" if place else graph.name
+        self._names = [_name(node) for node in graph.inputs]
+        self._kinds = [_kind(*each) for each in zip(graph.inputs, example_inputs, strict=True)]
         self._specs = [_spec(value) for value in example_inputs]
         self._watched = [index for index, kind in enumerate(self._kinds) if kind != "parameter"]
         self._draws = any(_draws(node) for body in [module, *bodies] for node in body.graph.nodes)
@@ -204,26 +209,18 @@ def telling_of_failure(guard: Guard | None, config: SequenceParallelConfig, what
 def guard_graph(
     guard: Guard | None,
     config: SequenceParallelConfig,
-    name: str,
-    text: str,
-    module: fx.GraphModule,
-    inputs: Sequence[fx.Node],
-    example_inputs: Sequence[Any],
+    graph: GraphToAgreeOn,
     compile_inner: Callable[[], Compiled],
 ) -> Compiled:
     """What `compile_inner()` gives, once all ranks of the SP group agree on the graph; its calls are guarded.
 
     Where they do not agree nothing is compiled, and the call raises: what a backend raises by itself would reach the
     user in a `BackendCompilerFailed`. Without a guard nothing is compared.
-
-    Args:
-        name: of the graph, and `text` what ranks have to agree on of it, for which `module` is what it computes.
-        inputs: the placeholders of the Dynamo graph, and `example_inputs` what it was traced with.
     """
     if guard is None:
         return compile_inner()
     try:
-        return GuardedGraph(guard, config, name, text, module, inputs, example_inputs).compile(compile_inner)
+        return GuardedGraph(guard, config, graph).compile(compile_inner)
     except SequenceParallelError as error:
         return _raises(error)
 
